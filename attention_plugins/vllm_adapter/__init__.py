@@ -1,0 +1,1 @@
+"""The only part of `attention_plugins` that knows vLLM: backends and workers."""

@@ -1,0 +1,1 @@
+"""Benchmarks: quality over HTTP, speed on a GPU, load over HTTP."""

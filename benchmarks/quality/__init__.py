@@ -1,0 +1,1 @@
+"""Quality benchmarks that talk to any OpenAI-compatible endpoint."""

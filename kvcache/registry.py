@@ -1,0 +1,101 @@
+"""Which policies there are, and how a request's words become one of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvcache.policies.base import Policy
+from kvcache.policies.l2norm import L2Norm
+from kvcache.policies.pyramidkv import PyramidKV
+from kvcache.policies.random import Random
+from kvcache.policies.snapkv import SnapKV
+from kvcache.policies.streamingllm import StreamingLLM
+
+NONE = "none"
+BUILT_IN: tuple[type[Policy], ...] = (StreamingLLM, L2Norm, SnapKV, PyramidKV, Random)
+ENTRY_POINT_GROUP = "longreach.policies"
+
+
+class PolicyError(ValueError):
+    """A policy or one of its arguments can't be used. `field` names which, `allowed` says what is."""
+
+    def __init__(self, field: str, problem: str, allowed: str) -> None:
+        super().__init__(f"{field}: {problem} Allowed: {allowed}.")
+        self.field, self.problem, self.allowed = field, problem, allowed
+
+
+@cache
+def policies() -> dict[str, type[Policy]]:
+    """All policies by name, `none` not among them: ours, then those of installed packages.
+
+    Raises:
+        ValueError: when a package's entry point is no policy or takes a name that is in use.
+    """
+    found = {policy.name: policy for policy in BUILT_IN}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        policy = entry.load()
+        if not (isinstance(policy, type) and issubclass(policy, Policy)):
+            raise ValueError(f"entry point {entry.name} of {ENTRY_POINT_GROUP} is not a kvcache Policy: {policy!r}")
+        if policy.name == NONE or found.get(policy.name, policy) is not policy:
+            raise ValueError(f"entry point {entry.name}: the policy name {policy.name!r} is taken")
+        found[policy.name] = policy
+    return found
+
+
+def make_policy(words: dict[str, Any]) -> Policy | None:
+    """Build the policy that a request or the command line asks for.
+
+    Args:
+        words: `{"policy": name, **arguments}`, as in a request's `kv_cache` field.
+
+    Returns:
+        The policy, or None for `none`.
+
+    Raises:
+        PolicyError: an unknown name or argument, or a bad value; says which and what is allowed.
+    """
+    if not isinstance(words, dict):
+        raise PolicyError("kv_cache", f"must be an object, got {words!r}.", '{"policy": NAME, ...}')
+    name = words.get("policy")
+    if name == NONE:
+        if extra := sorted(set(words) - {"policy"}):
+            raise PolicyError(f"kv_cache.{extra[0]}", "the policy 'none' takes no arguments.", "no further fields")
+        return None
+    if not isinstance(name, str) or name not in policies():
+        problem = "is missing." if "policy" not in words else f"unknown policy {name!r}."
+        raise PolicyError("kv_cache.policy", problem, ", ".join([NONE, *policies()]))
+    policy = policies()[name]
+    try:
+        return policy(policy.Args.model_validate({key: value for key, value in words.items() if key != "policy"}))
+    except ValidationError as error:
+        raise _explain(policy, error) from None
+
+
+def policy_words(policy: Policy | None) -> dict[str, Any]:
+    """The inverse of `make_policy`, every argument spelled out: JSON-able."""
+    return {"policy": NONE} if policy is None else {"policy": policy.name, **policy.args.model_dump(mode="json")}
+
+
+def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
+    """The first of pydantic's errors, in terms of the request's field."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "policy"
+    schema = policy.Args.model_json_schema()["properties"].get(field)
+    if schema is None:
+        return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", ", ".join(policy.Args.model_fields))
+    problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
+    return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(repr(value) for value in schema["enum"])
+    if "anyOf" in schema:
+        return "a whole number of tokens or a share of the prompt such as '25%'"
+    bounds = [f">= {schema['minimum']}"] if "minimum" in schema else []
+    bounds += [f"<= {schema['maximum']}"] if "maximum" in schema else []
+    return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

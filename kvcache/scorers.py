@@ -1,0 +1,77 @@
+"""Scorers in plain torch: from evidence to one number per prompt token and KV head. Higher stays."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+GroupReduce = Literal["mean", "max", "sum"]
+GroupStage = Literal["probabilities", "logits"]
+Pooling = Literal["avg", "max", "none"]
+
+
+def reduce_group(scores: torch.Tensor, how: GroupReduce, dim: int) -> torch.Tensor:
+    """Query heads of one group to their KV head."""
+    if how == "max":
+        return scores.amax(dim)
+    return scores.mean(dim) if how == "mean" else scores.sum(dim)
+
+
+def pool(scores: torch.Tensor, how: Pooling, kernel: int) -> torch.Tensor:
+    """1-D pooling over the last dimension, stride 1, same length.
+
+    As in SnapKV's code, zeros pad the ends and the average divides by the whole kernel there too: this damps the
+    first tokens, so sinks have to be forced after it, never before.
+
+    Args:
+        scores: float [..., n].
+        kernel: odd.
+    """
+    if how == "none" or kernel == 1:
+        return scores
+    flat = scores.reshape(1, -1, scores.shape[-1])
+    half = kernel // 2
+    if how == "avg":
+        return F.avg_pool1d(flat, kernel, 1, half, count_include_pad=True).reshape(scores.shape)
+    return F.max_pool1d(flat, kernel, 1, half).reshape(scores.shape)
+
+
+def window_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    *,
+    pooling: Pooling = "avg",
+    kernel: int = 5,
+    group_reduce: GroupReduce = "mean",
+    group_stage: GroupStage = "probabilities",
+) -> torch.Tensor:
+    """SnapKV's vote (arXiv 2404.14469): the attention that the last w queries give to each earlier token.
+
+    Softmax over all keys with the causal mask, mean over the window's queries, pooling over positions, then the
+    query heads of a group are reduced to their KV head. With `group_stage="logits"` the group is reduced before
+    the softmax (R-KV's order).
+
+    Args:
+        queries: [w, num_heads, head_dim], post-RoPE, of the last w positions.
+        keys: [num_kv_heads, n, head_dim], post-RoPE.
+        scale: softmax scale.
+
+    Returns:
+        float32 [num_kv_heads, n - w].
+    """
+    w, num_heads, head_dim = queries.shape
+    num_kv_heads, n, _ = keys.shape
+    grouped = queries.float().view(w, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    future = torch.arange(n, device=keys.device) > torch.arange(n - w, n, device=keys.device)[:, None]
+    votes = []
+    for head in range(num_kv_heads):  # one KV head at a time bounds the memory to G * w * n floats
+        logits = torch.einsum("wgd,nd->gwn", grouped[:, head], keys[head].float()) * scale
+        if group_stage == "logits":
+            logits = reduce_group(logits, group_reduce, 0)[None]
+        probabilities = logits.masked_fill(future, float("-inf")).softmax(-1)
+        vote = pool(probabilities.mean(1)[:, : n - w], pooling, kernel)
+        votes.append(reduce_group(vote, group_reduce, 0))
+    return torch.stack(votes)

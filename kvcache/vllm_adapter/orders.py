@@ -1,0 +1,37 @@
+"""What travels between scheduler and workers, beside vLLM's own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcache.compressor import CompactionReport, Compact, Start
+
+# vLLM's SchedulerOutput and ModelRunnerOutput are plain dataclasses that are passed on whole (or pickled whole), so
+# an attribute of ours travels with them.
+_ORDERS = "longreach_orders"
+_REPORTS = "longreach_reports"
+
+
+@dataclass
+class StepOrders:
+    """Orders of one step, carried out before its forward pass, starts first."""
+
+    start: list[Start] = field(default_factory=list)
+    compact: list[Compact] = field(default_factory=list)
+
+
+def attach_orders(scheduler_output: Any, orders: StepOrders) -> None:
+    setattr(scheduler_output, _ORDERS, orders)
+
+
+def orders_of(scheduler_output: Any) -> StepOrders | None:
+    return getattr(scheduler_output, _ORDERS, None)
+
+
+def attach_reports(model_runner_output: Any, reports: list[CompactionReport]) -> None:
+    setattr(model_runner_output, _REPORTS, reports)
+
+
+def reports_of(model_runner_output: Any) -> list[CompactionReport]:
+    return getattr(model_runner_output, _REPORTS, [])

@@ -1,0 +1,156 @@
+"""vLLM's scheduler with compression: plans requests, orders compactions, reports what was kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from kvcache.compressor import Compact, CompactionReport, Start
+from kvcache.plan import RetentionPlan
+from kvcache.policies.base import Policy
+from kvcache.registry import make_policy, policy_words
+from kvcache.usage import CompressionTotals, kv_cache_usage
+from kvcache.vllm_adapter.manager import CompressibleAttentionManager, register_spec
+from kvcache.vllm_adapter.orders import StepOrders, attach_orders, reports_of
+
+register_spec()
+
+EXTRA_ARG = "kv_cache"
+"""Where a request's policy stands in `SamplingParams.extra_args`, and its usage in `kv_transfer_params`."""
+
+
+@dataclass
+class _Compression:
+    """Scheduler's view of one request."""
+
+    policy: Policy | None
+    plan: RetentionPlan | None
+    compacted: bool = False
+    report: CompactionReport | None = None
+
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class _CompressionMixin(_Base):
+    """Everything that differs from vLLM's scheduler; four small hooks and the orders of each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], CompressibleAttentionManager):
+            names = ", ".join(type(manager).__name__ for manager in managers)
+            raise ValueError(
+                f"KV compression needs a model whose layers are all full attention, one KV cache group; got {names}. "
+                "Serve this model with `vllm serve`."
+            )
+        self.kv_blocks: CompressibleAttentionManager = managers[0]
+        self.block_bytes = self.kv_blocks.kv_cache_spec.page_size_bytes * sum(
+            len(group.layer_names) for group in self.kv_cache_config.kv_cache_groups
+        )
+        self.compressions: dict[str, _Compression] = {}
+        self.compression_totals = CompressionTotals()
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self._plan(request)
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> None:
+        params = request.sampling_params
+        words = (params.extra_args or {}).get(EXTRA_ARG) if params else None
+        policy = make_policy(words) if words else None
+        plan = None
+        # Streaming-input sessions extend their prompt later, so it has no end to compact at.
+        if policy and not request.resumable:
+            plan = policy.plan(request.num_prompt_tokens, self.kv_blocks.block_size)
+        self.compressions[request.request_id] = _Compression(policy, plan)
+        if plan:
+            self.kv_blocks.set_plan(request.request_id, plan)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """A hit must leave the window to be computed: its queries are evidence and are cached nowhere."""
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        compression = self.compressions[request.request_id]
+        if compression.plan and compression.policy:
+            limit = compression.plan.prompt_len - max(compression.policy.query_window, 1)
+            limit -= limit % self.kv_blocks.block_size
+            if num_tokens > limit:
+                blocks, num_tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        return blocks, num_tokens, boundary, diverged
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """A request that replays its answer after preemption stops at the prompt's end, to be compacted there."""
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        plan = self.compressions[request.request_id].plan
+        if plan and num_computed_tokens < plan.prompt_len:
+            num_new_tokens = min(num_new_tokens, plan.prompt_len - num_computed_tokens)
+        return num_new_tokens
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        starting = {request.req_id for request in output.scheduled_new_reqs}
+        starting |= output.scheduled_cached_reqs.resumed_req_ids
+        orders = StepOrders()
+        for request_id, num_scheduled in output.num_scheduled_tokens.items():
+            compression = self.compressions[request_id]
+            if compression.plan is None:
+                continue
+            if request_id in starting:
+                compression.compacted = False
+                orders.start.append(Start(request_id, policy_words(compression.policy), compression.plan))
+            # `schedule` has already advanced the count of computed tokens by this step's.
+            computed = self.requests[request_id].num_computed_tokens - num_scheduled
+            if computed >= compression.plan.prompt_len and not compression.compacted:
+                compression.compacted = True
+                orders.compact.append(self._compact(request_id, compression.plan))
+        if orders.start or orders.compact:
+            attach_orders(output, orders)
+        return output
+
+    def _compact(self, request_id: str, plan: RetentionPlan) -> Compact:
+        prompt_blocks = self.kv_blocks.req_to_blocks[request_id][: -(-plan.prompt_len // plan.page_size)]
+        return Compact(
+            request_id,
+            [block.block_id for block in prompt_blocks],
+            [block.block_id for block in self.kv_blocks.target_blocks[request_id]],
+        )
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        for report in reports_of(model_runner_output):
+            compression = self.compressions.get(report.request_id)
+            if compression and compression.plan and compression.policy:  # not aborted meanwhile
+                compression.report = report
+                self.compression_totals.add(compression.policy.name, compression.plan, report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """The one road from here into a request's final output: vLLM's dictionary for KV connectors."""
+        delay, params = super()._connector_finished(request)
+        compression = self.compressions[request.request_id]
+        usage = kv_cache_usage(
+            policy_words(compression.policy), request.num_prompt_tokens, compression.plan, compression.report,
+            self.block_bytes, self.kv_blocks.block_size,
+        )
+        return delay, {**(params or {}), EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self.compressions.pop(request.request_id, None)
+        self.kv_blocks.drop_plan(request.request_id)
+
+
+class CompressionScheduler(_CompressionMixin, Scheduler):
+    """For platforms without async scheduling."""
+
+
+class AsyncCompressionScheduler(_CompressionMixin, AsyncScheduler):
+    """For async scheduling."""
