@@ -69,7 +69,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 quality: $(STAMP)
-	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks.quality.full $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,10 +26,10 @@ def apportion(weights: torch.Tensor, total: int, low: int, high: int) -> torch.T
     if not n * low <= total <= n * high:
         raise ValueError(f"cannot share {total} over {n} entries of at least {low} and at most {high}")
     share = _water_fill(weights.to(torch.float64).clamp(min=0), float(total), float(low), float(high))
-    # 1e-6 keeps an exact 16 that floating point made 15.9999999 from counting as a fraction.
+    # 1e-6 keeps an exact 16 that floating point made 15.9999999 from counting as a fraction, and ties ties.
     whole = (share + 1e-6).floor().to(torch.int64).clamp(low, high)
     missing = total - int(whole.sum())
-    remainder = share - whole
+    remainder = ((share - whole) * 1e6).round()
     order = torch.sort(remainder, descending=missing > 0, stable=True).indices.tolist()
     step = 1 if missing > 0 else -1
     while missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -35,7 +36,7 @@ class Budget:
             return value
         if isinstance(value, str):
             if match := _RATIO.match(value):
-                ratio = float(match.group(1)) / 100
+                ratio = float(match.group(1) + "e-2")
                 if 0 < ratio <= 1:
                     return cls(ratio=ratio)
             elif value.strip().isdecimal():
@@ -53,7 +54,8 @@ class Budget:
         return max(1, math.ceil(self.ratio * prompt_len - 1e-9))
 
     def __str__(self) -> str:
-        return str(self.tokens) if self.tokens is not None else f"{100 * (self.ratio or 0):g}%"
+        # Decimal: `parse` knows no exponents such as 1e-05%, and every digit has to come back.
+        return str(self.tokens) if self.tokens is not None else f"{Decimal(repr(self.ratio)).scaleb(2):f}%"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -95,8 +95,13 @@ class Compressor:
         if policy.query_window:
             g = self.geometry
             window = QueryWindow(
-                g.num_layers, policy.query_window, self.num_heads, g.head_dim, order.plan.prompt_len,
-                dtype=self.pages.dtype, device=self.pages.device,
+                g.num_layers,
+                policy.query_window,
+                self.num_heads,
+                g.head_dim,
+                order.plan.prompt_len,
+                dtype=self.pages.dtype,
+                device=self.pages.device,
             )
         self.requests[order.request_id] = _Request(policy, order.plan, window)
 
@@ -147,10 +152,10 @@ class Compressor:
             nan_scores += int(scores.isnan().sum())
             scores = force(scores, policy.args.sinks, policy.recent)[:, :below_tail]
             kept = keep_top(scores, (counts[layer] * plan.page_size).tolist())
-            for head, positions in enumerate(kept):
-                shape = (-1, plan.page_size, g.head_dim)
-                packed = self.codec.pack(keys[head, positions].view(shape), values[head, positions].view(shape))
-                self.pages[table.compacted(layer, head)] = packed
+            heads = torch.arange(g.num_kv_heads).repeat_interleave(counts[layer] * plan.page_size)
+            positions, shape = torch.cat(kept), (-1, plan.page_size, g.head_dim)
+            packed = self.codec.pack(keys[heads, positions].view(shape), values[heads, positions].view(shape))
+            self.pages[torch.cat([table.compacted(layer, head) for head in range(g.num_kv_heads)])] = packed
             if self.keep_positions:
                 request.kept.append(kept)
         request.table, request.window = table, None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
 
-class Evidence(str, Enum):
+class Evidence(StrEnum):
     """The costliest thing a policy needs, cheapest first (algorithms: 'evidence lattice')."""
 
     NONE = "none"
@@ -24,7 +24,14 @@ class QueryWindow:
     """
 
     def __init__(
-        self, num_layers: int, window: int, num_heads: int, head_dim: int, prompt_len: int, *, dtype: torch.dtype,
+        self,
+        num_layers: int,
+        window: int,
+        num_heads: int,
+        head_dim: int,
+        prompt_len: int,
+        *,
+        dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
         self.first = prompt_len - window

@@ -86,7 +86,8 @@ def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
     field = str(first["loc"][0]) if first["loc"] else "policy"
     schema = policy.Args.model_json_schema()["properties"].get(field)
     if schema is None:
-        return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", ", ".join(policy.Args.model_fields))
+        taken = ", ".join(policy.Args.model_fields)
+        return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", taken)
     problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
     return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
 

@@ -6,11 +6,12 @@ import torch
 
 
 def force(scores: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
-    """A copy of `scores` [..., n] in which the first `sinks` and last `recent` tokens, and NaNs, always stay.
+    """A copy of `scores` [..., n] in which the first `sinks` and last `recent` tokens always stay, NaNs before others.
 
-    NaN means that a score could not be computed; keeping the token is the conservative choice.
+    NaN means that a score could not be computed; keeping the token is the conservative choice. Where more are NaN
+    than fit (one NaN key makes all its head's votes NaN), they don't push out the forced tokens.
     """
-    forced = torch.where(scores.isnan(), float("inf"), scores.float())
+    forced = scores.float().nan_to_num(nan=torch.finfo(torch.float32).max, neginf=float("-inf"))
     forced[..., :sinks] = float("inf")
     if recent:
         forced[..., -recent:] = float("inf")

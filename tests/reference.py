@@ -11,7 +11,12 @@ _masks: list[torch.Tensor] | None = None
 
 
 def _attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention; while `_masks` is set, columns where it is False are not seen.

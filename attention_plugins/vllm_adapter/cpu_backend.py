@@ -62,7 +62,7 @@ class CPUCompressedMetadata:
 
 
 class CPUCompressedMetadataBuilder(CPUAttentionMetadataBuilder):
-    def build(  # type: ignore[override]
+    def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUCompressedMetadata:
         runtime = runtime_for(self.vllm_config)
@@ -121,7 +121,7 @@ class CPUCompressedImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # vLLM's warm-up
             return output
         metadata: CPUCompressedMetadata = attn_metadata
-        index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+        index = extract_layer_index(layer.layer_name)
         record(metadata.captures, index, query)
         if metadata.dense is not None:
             tokens = metadata.dense_tokens

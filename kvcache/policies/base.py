@@ -20,7 +20,7 @@ class PolicyArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    budget: Budget = Field(1024, validate_default=True)  # type: ignore[assignment]
+    budget: Budget = Field(1024, validate_default=True)
     sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 VLLM_VERSION = "0.32.0"
 
@@ -83,7 +84,7 @@ def check(cpu: bool) -> None:
 def _problem(module: str, path: str, parameters: tuple[str, ...]) -> str | None:
     where = f"{module}.{path}"
     try:
-        target = import_module(module)
+        target: Any = import_module(module)
         for name in path.split("."):
             target = getattr(target, name)
     except (ImportError, AttributeError):

@@ -53,7 +53,11 @@ class CompressibleAttentionManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(
-        self, request: Request, num_tokens: int, retention_interval: int | None = None, *,
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
         replay_boundaries: Sequence[int],
     ) -> None:
         """Tokens after a compacted prompt saw less than their hash says, so their blocks are never shared."""

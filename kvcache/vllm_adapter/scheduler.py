@@ -34,13 +34,7 @@ class _Compression:
     report: CompactionReport | None = None
 
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
-
-
-class _CompressionMixin(_Base):
+class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore[misc]
     """Everything that differs from vLLM's scheduler; four small hooks and the orders of each step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -137,8 +131,12 @@ class _CompressionMixin(_Base):
         delay, params = super()._connector_finished(request)
         compression = self.compressions[request.request_id]
         usage = kv_cache_usage(
-            policy_words(compression.policy), request.num_prompt_tokens, compression.plan, compression.report,
-            self.block_bytes, self.kv_blocks.block_size,
+            policy_words(compression.policy),
+            request.num_prompt_tokens,
+            compression.plan,
+            compression.report,
+            self.block_bytes,
+            self.kv_blocks.block_size,
         )
         return delay, {**(params or {}), EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
 

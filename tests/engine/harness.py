@@ -96,7 +96,8 @@ class Engine:
 
     def internal(self, job: Job) -> Any:
         """vLLM's request object while the request lives."""
-        return next((r for r in self.scheduler.requests.values() if r.request_id.startswith(job.request_id + "-")), None)
+        requests = self.scheduler.requests.values()
+        return next((request for request in requests if request.request_id.startswith(job.request_id + "-")), None)
 
     def step(self) -> None:
         for output in self.llm.llm_engine.step():
@@ -108,7 +109,9 @@ class Engine:
             if output.kv_transfer_params:
                 job.usage = output.kv_transfer_params["kv_cache"]["usage"]
         for request in self.scheduler.requests.values():
-            if job := self._jobs.get(request.request_id.rpartition("-")[0]):
+            name = request.request_id.rpartition("-")[0]
+            if name in self._jobs:
+                job = self._jobs[name]
                 if request.num_preemptions > job.preemptions:
                     job.preemptions, job.tokens_when_preempted = request.num_preemptions, len(job.tokens)
                 known = self.compressor.requests.get(request.request_id)

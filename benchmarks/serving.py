@@ -1,0 +1,95 @@
+"""Start and stop a Longreach server for a benchmark or a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_LIMIT = 300.0
+"""Seconds a server may take to start; two busy cores need about 40."""
+
+
+@dataclass
+class Server:
+    """A server on loopback. `log`: what it printed."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> str:
+        """Body of a GET.
+
+        Raises:
+            urllib.error.URLError: no answer, or an error status.
+        """
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return str(answer.read().decode())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that carry these labels."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in self.get("/metrics").splitlines()
+            if line.startswith((name + "{", name + " ")) and all(label in line for label in wanted)
+        )
+
+    def wait_until_empty(self, seconds: float = 30) -> None:
+        """Wait for vLLM's block pool to be empty.
+
+        Raises:
+            AssertionError: it isn't in time: a block leaked, or a request still runs.
+        """
+        deadline = time.monotonic() + seconds
+        while self.metric("vllm:kv_cache_usage_perc") or self.metric("vllm:num_requests_running"):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.metric('vllm:kv_cache_usage_perc'):.1%} of the KV cache is still in use")
+            time.sleep(0.3)
+
+
+@contextmanager
+def running_server(log: Path, *flags: str) -> Iterator[Server]:
+    """`longreach serve` with these flags on a free port of 127.0.0.1, until the block ends.
+
+    Raises:
+        RuntimeError: it did not start; with the end of its log.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "longreach"), "serve", "--port", str(port), *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(server: Server) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            server.get("/health")
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise RuntimeError("the server did not start:\n" + server.log.read_text(errors="replace")[-4000:])

@@ -1,0 +1,25 @@
+"""One real server with the embedded model for all end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+
+from benchmarks.serving import Server, running_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded model with a compressing default, as `longreach serve` without a model gives it."""
+    flags = ["--kv-policy", "snapkv", "--kv-budget", "512"]
+    flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with running_server(tmp_path_factory.mktemp("server") / "log", *flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> OpenAI:
+    # The client's own timeout would give up on long prompts on a slow machine, and a retry would hide an error.
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)

@@ -1,0 +1,118 @@
+"""What each policy has to keep, written out in loops from the papers, without a line of the code under test."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+Matrix = list[list[float]]
+
+
+def reduce(values: list[float], how: str) -> float:
+    if how == "max":
+        return max(values)
+    return sum(values) / (len(values) if how == "mean" else 1)
+
+
+def softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    weights = [math.exp(logit - top) for logit in logits]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def pooled(scores: list[float], how: str, kernel: int) -> list[float]:
+    """Stride 1, zeros beyond both ends; the average divides by the whole kernel there too."""
+    if how == "none":
+        return scores
+    half, result = kernel // 2, []
+    for center in range(len(scores)):
+        around = [scores[i] if 0 <= i < len(scores) else 0.0 for i in range(center - half, center + half + 1)]
+        result.append(max(around) if how == "max" else sum(around) / kernel)
+    return result
+
+
+def snapkv_votes(
+    queries: list[Matrix], keys: Matrix, scale: float, pooling: str, kernel: int, group_reduce: str, group_stage: str
+) -> list[float]:
+    """Votes for the tokens before the window, of one KV head.
+
+    Args:
+        queries: [group][w][d], of the query heads that share this KV head, at the last w positions.
+        keys: [n][d].
+    """
+    n, w = len(keys), len(queries[0])
+    rows = [  # [group][w][keys up to the row's own position]
+        [
+            [scale * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys[: n - w + row + 1]]
+            for row, query in enumerate(head)
+        ]
+        for head in queries
+    ]
+    if group_stage == "logits":
+        rows = [
+            [
+                [reduce([head[row][i] for head in rows], group_reduce) for i in range(n - w + row + 1)]
+                for row in range(w)
+            ]
+        ]
+    votes = []
+    for head_rows in rows:
+        probabilities = [softmax(row) for row in head_rows]
+        means = [sum(row[position] for row in probabilities) / w for position in range(n - w)]
+        votes.append(pooled(means, pooling, kernel))
+    return [reduce(list(at), group_reduce) for at in zip(*votes, strict=True)]
+
+
+def kept(scores: list[float], count: int, sinks: int, recent: int, n: int, below_tail: int) -> list[int]:
+    """Forced tokens first, then the highest scores; of equal ones the lower position.
+
+    Args:
+        scores: of the first tokens of a prompt of `n`; forced tokens need none.
+    """
+
+    def rank(position: int) -> float:
+        forced = position < sinks or position >= n - recent
+        return -math.inf if forced else -scores[position]
+
+    order = sorted(range(below_tail), key=lambda position: (rank(position), position))
+    last, first_out = rank(order[count - 1]), rank(order[count]) if count < below_tail else math.inf
+    close = last != first_out and abs(last - first_out) < 1e-6 * abs(last)
+    assert not close, "rounding decides here: choose another seed"
+    return sorted(order[:count])
+
+
+def shared(weights: list[Fraction], total: int, low: int, high: int) -> tuple[list[Fraction], list[int]]:
+    """Real and whole shares in [low, high] with sum `total`: proportional where free, by largest remainder."""
+    weights = [max(weight, max(weights) / 10**9) for weight in weights]
+
+    def at(scale: Fraction) -> list[Fraction]:
+        return [min(max(scale * weight, Fraction(low)), Fraction(high)) for weight in weights]
+
+    # The sum is linear in the scale between two of these.
+    breaks = sorted({Fraction(0)} | {Fraction(bound) / weight for weight in weights for bound in (low, high)})
+    reals = at(breaks[-1])
+    for left, right in pairwise(breaks):
+        below, above = sum(at(left)), sum(at(right))
+        if below <= total <= above:
+            part = Fraction(total - below) / (above - below) if above > below else Fraction(0)
+            reals = at(left + part * (right - left))
+            break
+    whole = [math.floor(real) for real in reals]
+    by_remainder = sorted(range(len(reals)), key=lambda i: (whole[i] - reals[i], i))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return reals, whole
+
+
+def pyramid_tokens(num_layers: int, budget: int, prompt_len: int, window: int, beta: int) -> list[Fraction]:
+    """PyramidKV's formula in real numbers: tokens of each layer, the window included."""
+    scored, room = budget - window, prompt_len - window
+    if prompt_len < 2 * scored:
+        return [Fraction(budget)] * num_layers
+    least = scored // beta
+    most = 2 * scored - least
+    if most >= room:
+        most, least = room, 2 * scored - room
+    return [most - Fraction(layer * (most - least), num_layers - 1) + window for layer in range(num_layers)]

@@ -1,0 +1,150 @@
+"""A paged KV cache with one known prompt in it, and compression run on it as a worker runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcache.compressor import Compact, CompactionReport, Compressor, Start
+from kvcache.pages import PageGeometry, PageTable, PermutedCodec
+from kvcache.plan import RetentionPlan
+from kvcache.registry import make_policy, policies
+
+PAGE = 16
+HEAD_DIM = 8
+SCALE = HEAD_DIM**-0.5
+WINDOW = 6
+SINKS = 3
+
+
+def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:
+    """A request's words with small forced parts, in whatever arguments this policy has."""
+    small = {"sinks": SINKS, "recent": WINDOW, "window": WINDOW}
+    known = policies()[policy].Args.model_fields
+    return {"policy": policy, "budget": budget, **{k: v for k, v in small.items() if k in known}, **arguments}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """For bitwise comparison: NaNs are equal to themselves."""
+    return tensor.view(torch.int32)
+
+
+class PagedCache:
+    """Random keys, values and queries of `prompt_len + new` tokens; the prompt's lie in pages.
+
+    Block ids are shuffled, a page's elements are permuted, layers share one allocation, and every slot that was
+    never written holds NaN, so that reading one shows.
+
+    Attributes:
+        keys, values: [num_layers, num_kv_heads, prompt_len + new, HEAD_DIM].
+        queries: [num_layers, prompt_len + new, num_heads, HEAD_DIM].
+        blocks: ids of the blocks of all tokens; `free`: ids of blocks that no token uses.
+    """
+
+    def __init__(
+        self,
+        prompt_len: int,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        num_layers: int = 4,
+        page_size: int = PAGE,
+        new: int = 0,
+        block_major: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.prompt_len, self.num_heads, self.page_size = prompt_len, num_heads, page_size
+        generator = torch.Generator().manual_seed(seed)
+        used, total = -(-(prompt_len + new) // page_size), 2 * -(-(prompt_len + new) // page_size) + 3
+        shuffled = torch.randperm(total, generator=generator)
+        self.blocks, self.free = shuffled[:used], shuffled[used:]
+        if block_major:
+            base, stride = [layer * num_kv_heads for layer in range(num_layers)], num_layers * num_kv_heads
+        else:
+            base, stride = [layer * total * num_kv_heads for layer in range(num_layers)], num_kv_heads
+        self.geometry = PageGeometry(tuple(base), stride, num_kv_heads, page_size, HEAD_DIM)
+        elements = 2 * page_size * HEAD_DIM
+        self.codec = PermutedCodec(torch.randperm(elements, generator=generator), page_size, HEAD_DIM)
+        shape = (num_layers, num_kv_heads, prompt_len + new, HEAD_DIM)
+        self.keys = torch.randn(shape, generator=generator)
+        self.values = torch.randn(shape, generator=generator)
+        self.queries = 2 * torch.randn(num_layers, prompt_len + new, num_heads, HEAD_DIM, generator=generator)
+        self.pages = torch.full((num_layers * total * num_kv_heads, elements), float("nan"))
+        self.write(0, prompt_len, self.pages)
+
+    def write(self, first: int, last: int, pages: torch.Tensor) -> None:
+        """Write the tokens `first ... last - 1` where they belong, as a model's forward pass does."""
+        for token in range(first, last):
+            block, slot = self.blocks[token // self.page_size][None], token % self.page_size
+            for layer in range(self.geometry.num_layers):
+                at = self.geometry.pages_of(layer, block)[:, 0]
+                keys, values = self.codec.unpack(pages[at])
+                keys[:, slot] = self.keys[layer, :, token]
+                values[:, slot] = self.values[layer, :, token]
+                pages[at] = self.codec.pack(keys, values)
+
+    def compressor(self) -> Compressor:
+        return Compressor(
+            self.geometry, self.codec, self.pages, num_heads=self.num_heads, scale=SCALE, keep_positions=True
+        )
+
+    def plan(self, order: dict[str, Any]) -> RetentionPlan | None:
+        policy = make_policy(order)
+        assert policy is not None
+        return policy.plan(self.prompt_len, self.page_size)
+
+    def start(self, compressor: Compressor, order: dict[str, Any], request_id: str = "r") -> RetentionPlan:
+        plan = self.plan(order)
+        assert plan is not None
+        compressor.start(Start(request_id, order, plan))
+        return plan
+
+    def feed(self, compressor: Compressor, chunks: list[int], request_id: str = "r", first: int = 0) -> None:
+        """Let the prompt pass in chunks of these sizes, from token `first` on."""
+        for size in chunks:
+            if window := compressor.window(request_id):
+                begin, end = window.overlap(first, first + size)
+                if begin < end:
+                    for layer in range(self.geometry.num_layers):
+                        window.record(layer, begin, self.queries[layer, begin:end])
+            first += size
+
+    def compact(self, compressor: Compressor, plan: RetentionPlan, request_id: str = "r") -> CompactionReport:
+        source = self.blocks[: -(-self.prompt_len // self.page_size)].tolist()
+        return compressor.compact(Compact(request_id, source, self.free[: plan.kept_pages].tolist()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compression: the cache, what was ordered, and what came of it. `before`: all pages before it."""
+
+    cache: PagedCache
+    plan: RetentionPlan
+    before: torch.Tensor
+    report: CompactionReport
+    table: PageTable
+    kept: list[list[torch.Tensor]]
+
+    def heads(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(layer, KV head, kept positions)."""
+        for layer, heads in enumerate(self.kept):
+            for head, positions in enumerate(heads):
+                yield layer, head, positions
+
+
+def compress(cache: PagedCache, order: dict[str, Any], chunks: list[int] | None = None) -> Run:
+    """The whole life of a prompt, in these chunks or at once."""
+    compressor, before = cache.compressor(), cache.pages.clone()
+    plan = cache.start(compressor, order)
+    cache.feed(compressor, chunks or [cache.prompt_len])
+    report = cache.compact(compressor, plan)
+    table = compressor.table("r")
+    assert table is not None
+    return Run(cache, plan, before, report, table, compressor.kept_positions("r"))
+
+
+def positions_of(kept: list[list[torch.Tensor]]) -> list[list[list[int]]]:
+    return [[positions.tolist() for positions in heads] for heads in kept]

@@ -1,0 +1,198 @@
+"""What the compressor knows of requests over time: chunks, preemption, neighbours, NaNs, plans that drop nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvcache.compressor import Compact, Start
+from kvcache.evidence import Evidence
+from kvcache.plan import RetentionPlan
+from kvcache.policies.base import Policy
+from kvcache.registry import make_policy, policies
+from tests.kvcache.synthetic import PAGE, SINKS, WINDOW, PagedCache, compress, positions_of, words
+
+ALL = sorted(policies())
+QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
+PROMPT, BUDGET = 150, 70
+
+
+def built(order: dict[str, Any]) -> Policy:
+    policy = make_policy(order)
+    assert policy is not None
+    return policy
+
+
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("budget", [PROMPT, PROMPT + 1, 10**9, "100%"])
+def test_budget_that_holds_the_prompt_plans_nothing(policy: str, budget: int | str) -> None:
+    assert built(words(policy, budget)).plan(PROMPT, PAGE) is None
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_prompt_under_the_minimum_budget_plans_nothing(policy: str) -> None:
+    """Down to one token: shorter than the window, than the sinks, than a page."""
+    least = built(words(policy, 1)).minimum_budget(PAGE)
+    assert all(built(words(policy, 1)).plan(n, PAGE) is None for n in range(1, least + 1))
+    assert built(words(policy, 1)).plan(least + PAGE, PAGE) is not None
+
+
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("prompt_len", [PROMPT, 160])
+def test_more_budget_never_keeps_less(policy: str, prompt_len: int) -> None:
+    plans = [built(words(policy, budget)).plan(prompt_len, PAGE) for budget in range(1, prompt_len + 3)]
+    freed = [plan.freed_blocks if plan else 0 for plan in plans]
+    tokens = [plan.kept_tokens if plan else prompt_len for plan in plans]
+    assert freed == sorted(freed, reverse=True) and freed[0] > 1
+    assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
+
+
+@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize(
+    "chunks", [[1] * PROMPT, [7] * 21 + [3], [PROMPT - 1, 1], [40, 104, 6]], ids=lambda c: f"{len(c)} chunks"
+)
+def test_any_chunks_give_the_same_kept_set(policy: str, chunks: list[int]) -> None:
+    assert sum(chunks) == PROMPT
+    whole = compress(PagedCache(PROMPT), words(policy, BUDGET))
+    chunked = compress(PagedCache(PROMPT), words(policy, BUDGET), chunks)
+    assert positions_of(chunked.kept) == positions_of(whole.kept)
+
+
+@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("seen", [0, PROMPT - WINDOW, PROMPT - 1])
+def test_missing_window_queries_are_an_error(policy: str, seen: int) -> None:
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [seen])
+    with pytest.raises(RuntimeError, match="window queries of request r"):
+        cache.compact(compressor, plan)
+
+
+@pytest.mark.parametrize("policy", QUERY_AWARE)
+def test_query_missing_in_one_layer_is_an_error(policy: str) -> None:
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [PROMPT - 1])
+    window = compressor.window("r")
+    assert window is not None
+    window.record(0, PROMPT - 1, cache.queries[0, PROMPT - 1 :])
+    with pytest.raises(RuntimeError, match="3 window queries"):
+        cache.compact(compressor, plan)
+
+
+@pytest.mark.parametrize("policy", QUERY_AWARE)
+def test_start_again_forgets_queries(policy: str) -> None:
+    """Preempted in the middle of the window: what was seen before doesn't count."""
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [PROMPT - 2])
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [2], first=PROMPT - 2)
+    with pytest.raises(RuntimeError):
+        cache.compact(compressor, plan)
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_start_again_forgets_the_table_and_finish_forgets_all(policy: str) -> None:
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    assert compressor.table("r") is None and compressor.window("r") is None
+    kept = []
+    for _ in range(2):
+        plan = cache.start(compressor, words(policy, BUDGET))
+        assert compressor.table("r") is None
+        assert (compressor.window("r") is not None) == (policy in QUERY_AWARE)
+        cache.feed(compressor, [PROMPT])
+        cache.compact(compressor, plan)
+        assert compressor.table("r") is not None and compressor.window("r") is None
+        kept.append(positions_of(compressor.kept_positions("r")))
+    assert kept[0] == kept[1]
+    compressor.finish("r")
+    compressor.finish("r")
+    assert compressor.table("r") is None and not compressor.requests
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_neighbours_do_not_change_a_kept_set(policy: str) -> None:
+    """Two requests whose chunks alternate, with plans of their own, against the same request alone."""
+    alone = compress(PagedCache(PROMPT), words(policy, BUDGET))
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.start(compressor, words("snapkv", 90), "other")
+    for first in range(0, PROMPT, 50):
+        cache.feed(compressor, [50], first=first)
+        cache.feed(compressor, [50], "other", first=first)
+    cache.compact(compressor, plan)
+    compressor.finish("other")
+    assert positions_of(compressor.kept_positions("r")) == positions_of(alone.kept)
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_orders_that_do_not_fit_the_plan_are_errors(policy: str) -> None:
+    cache = PagedCache(PROMPT)
+    compressor = cache.compressor()
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [PROMPT])
+    source, target = cache.blocks.tolist(), cache.free[: plan.kept_pages].tolist()
+    for wrong in (Compact("r", source[:-1], target), Compact("r", source, target[:-1])):
+        with pytest.raises(RuntimeError, match="don't fit its plan"):
+            compressor.compact(wrong)
+    with pytest.raises(ValueError, match="no policy"):
+        compressor.start(Start("r", {"policy": "none"}, RetentionPlan(PROMPT, PAGE, 3)))
+
+
+def spoil(cache: PagedCache, layer: int, head: int, position: int) -> None:
+    cache.keys[layer, head, position] = float("nan")
+    cache.write(position, position + 1, cache.pages)
+
+
+def test_token_whose_score_is_nan_stays_and_is_counted() -> None:
+    cache = PagedCache(PROMPT)
+    without = compress(PagedCache(PROMPT), words("l2norm", BUDGET))
+    kept = {*without.kept[2][0].tolist(), *without.kept[2][1].tolist()}
+    position = next(position for position in range(PROMPT) if position not in kept)
+    spoil(cache, 2, 1, position)
+    run = compress(cache, words("l2norm", BUDGET))
+    assert run.report.nan_scores == 1
+    assert position in run.kept[2][1].tolist()
+    assert position not in run.kept[2][0].tolist()
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str) -> None:
+    """One NaN key makes every SnapKV vote of its head NaN; the sinks and the window stay all the same."""
+    cache = PagedCache(160)
+    spoil(cache, 1, 0, 40)
+    run = compress(cache, words(policy, BUDGET))
+    whole_head = 160 - WINDOW
+    assert run.report.nan_scores == {"l2norm": 1, "snapkv": whole_head, "pyramidkv": whole_head}.get(policy, 0)
+    forced = {*range(SINKS), *range(160 - built(words(policy, BUDGET)).recent, 160)}
+    assert forced <= set(run.kept[1][0].tolist())
+
+
+def test_random_depends_on_its_seed_and_differs_over_layers_and_heads() -> None:
+    def kept(**arguments: int) -> list[list[list[int]]]:
+        return positions_of(compress(PagedCache(PROMPT, seed=1), words("random", BUDGET, **arguments)).kept)
+
+    assert kept(seed=3) == kept(seed=3)
+    assert kept(seed=3) != kept(seed=4)
+    assert kept() == kept(seed=0)
+    sets = [tuple(positions) for heads in kept(seed=3) for positions in heads]
+    assert len(set(sets)) == len(sets)
+
+
+def test_random_keeps_every_place_alike() -> None:
+    """Over many seeds no place is favoured: 61 of 141 free tokens stay, so each about 43 % of the time."""
+    hits = torch.zeros(144)
+    cache = PagedCache(PROMPT, num_layers=1, num_kv_heads=4)
+    for seed in range(60):
+        for positions in compress(cache, words("random", BUDGET, seed=seed)).kept[0]:
+            hits[positions] += 1 / 240
+    assert (hits[:SINKS] > 0.999).all()
+    assert hits[SINKS:].min() > 0.3 and hits[SINKS:].max() < 0.57
