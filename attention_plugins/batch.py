@@ -28,7 +28,7 @@ class CompactedRow:
 
 @dataclass(frozen=True)
 class CompactedBatch:
-    """The paged-attention problem of all compacted requests in a step.
+    """The paged-attention problem of all compacted requests in a step, on the cache's device.
 
     Attributes:
         token_heads: int64 [sequences' tokens]; places in the batch's queries seen as [tokens * num_kv_heads, ...],
@@ -37,6 +37,7 @@ class CompactedBatch:
         lengths: int32 [num_layers, sequences]: physical lengths.
         pages: int32 [num_layers, sequences, width].
         max_query_len: longest sequence of queries.
+        max_length: longest physical length.
     """
 
     token_heads: torch.Tensor
@@ -44,6 +45,7 @@ class CompactedBatch:
     lengths: torch.Tensor
     pages: torch.Tensor
     max_query_len: int
+    max_length: int
 
 
 def plan_compacted(rows: list[CompactedRow], num_kv_heads: int) -> CompactedBatch:
@@ -57,9 +59,18 @@ def plan_compacted(rows: list[CompactedRow], num_kv_heads: int) -> CompactedBatc
         tables.append(row.table.rows())
         query_lens += [row.num_tokens] * num_kv_heads
     width = max(table.shape[-1] for table in tables)
-    pages = torch.zeros(*tables[0].shape[:1], len(query_lens), width, dtype=torch.int32)
+    device = tables[0].device
+    pages = torch.zeros(len(tables[0]), len(query_lens), width, dtype=torch.int32, device=device)
     for i, table in enumerate(tables):
         pages[:, i * num_kv_heads : (i + 1) * num_kv_heads, : table.shape[-1]] = table
     start = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(query_lens), 0, out=start[1:])
-    return CompactedBatch(torch.cat(token_heads), start, torch.cat(lengths, 1), pages, max(query_lens))
+    physical = torch.cat(lengths, 1)
+    return CompactedBatch(
+        torch.cat(token_heads).to(device),
+        start.to(device),
+        physical.to(device),
+        pages,
+        max(query_lens),
+        int(physical.max()),
+    )

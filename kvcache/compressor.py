@@ -142,25 +142,26 @@ class Compressor:
 
         counts = self._page_counts(policy, plan)
         table = PageTable(g, counts, g.pool_of(target), first_block=plan.full_pages)
-        nan_scores, below_tail = 0, plan.full_pages * plan.page_size
+        below_tail = plan.full_pages * plan.page_size
+        nan_scores = torch.zeros((), dtype=torch.int64, device=self.pages.device)
         request.kept = []
         for layer in range(g.num_layers):
             keys, values = self._read(layer, source)
             queries = request.window.queries[layer] if request.window else None
             prompt_keys, prompt_values = keys[:, : plan.prompt_len], values[:, : plan.prompt_len]
             scores = policy.scores(LayerEvidence(layer, prompt_keys, prompt_values, queries, self.scale))
-            nan_scores += int(scores.isnan().sum())
+            nan_scores += scores.isnan().sum()
             scores = force(scores, policy.args.sinks, policy.recent)[:, :below_tail]
             kept = keep_top(scores, (counts[layer] * plan.page_size).tolist())
-            heads = torch.arange(g.num_kv_heads).repeat_interleave(counts[layer] * plan.page_size)
+            heads = torch.arange(g.num_kv_heads).repeat_interleave(counts[layer] * plan.page_size).to(target.device)
             positions, shape = torch.cat(kept), (-1, plan.page_size, g.head_dim)
             packed = self.codec.pack(keys[heads, positions].view(shape), values[heads, positions].view(shape))
-            self.pages[torch.cat([table.compacted(layer, head) for head in range(g.num_kv_heads)])] = packed
+            self.pages[table.compacted(layer)] = packed
             if self.keep_positions:
                 request.kept.append(kept)
         request.table, request.window = table, None
         tokens = (counts.double().mean(1) * plan.page_size + plan.tail).tolist()
-        return CompactionReport(order.request_id, tokens, nan_scores, time.perf_counter() - began)
+        return CompactionReport(order.request_id, tokens, int(nan_scores), time.perf_counter() - began)
 
     def _page_counts(self, policy: Policy, plan: RetentionPlan) -> torch.Tensor:
         """Whole pages per layer and KV head, int64 [num_layers, num_kv_heads], with the plan's exact sum."""

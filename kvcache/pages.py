@@ -74,6 +74,21 @@ class PermutedCodec:
         return packed
 
 
+@dataclass(frozen=True)
+class InterleavedCodec:
+    """A page that holds, token by token, the key and then the value: FlashAttention's."""
+
+    page_size: int
+    head_dim: int
+
+    def unpack(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        content = pages.unflatten(-1, (self.page_size, 2 * self.head_dim))
+        return content[..., : self.head_dim], content[..., self.head_dim :]
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([keys, values], dim=-1).flatten(-2)
+
+
 class PageTable:
     """The pages of one compacted request, in reading order, for every layer and KV head.
 
@@ -86,8 +101,9 @@ class PageTable:
 
         Args:
             geometry: of the cache.
-            counts: int64 [num_layers, num_kv_heads], compacted pages of each; their sum is `pool.numel()`.
-            pool: int64, the pages to hand out, in order.
+            counts: int64 [num_layers, num_kv_heads], on the CPU, compacted pages of each; their sum is
+                `pool.numel()`.
+            pool: int64, the pages to hand out, in order; its device is the table's.
             first_block: logical number of the first block that stays: the tail's.
 
         Raises:
@@ -97,14 +113,15 @@ class PageTable:
             raise ValueError(f"{int(counts.sum())} pages wanted, the pool has {pool.numel()}")
         self.geometry, self.counts, self.first_block = geometry, counts, first_block
         self.num_appended = 0
-        self._table = torch.zeros(*counts.shape, int(counts.max()) + 8, dtype=torch.int32)
-        parts = pool.split(counts.flatten().tolist())
-        for row, pages in zip(self._table.flatten(0, 1), parts, strict=True):
-            row[: len(pages)] = pages.int()
+        self._table = torch.zeros(*counts.shape, int(counts.max()) + 8, dtype=torch.int32, device=pool.device)
+        taken = torch.arange(self._table.shape[-1]) < counts[..., None]
+        self._table[taken.to(pool.device)] = pool.int()
+        self._next = counts[..., None].to(pool.device)
 
-    def compacted(self, layer: int, head: int) -> torch.Tensor:
-        """The compacted pages of one layer and head: int64."""
-        return self._table[layer, head, : self.counts[layer, head]].long()
+    def compacted(self, layer: int) -> torch.Tensor:
+        """The compacted pages of one layer, head by head: int64 [sum of the layer's counts]."""
+        heads = enumerate(self.counts[layer].tolist())
+        return torch.cat([self._table[layer, head, :count] for head, count in heads]).long()
 
     def append(self, blocks: torch.Tensor) -> None:
         """Take note of the blocks that hold the tail and the new tokens: int [n], all of them, in order."""
@@ -113,16 +130,16 @@ class PageTable:
             return
         needed = int(self.counts.max()) + len(blocks)
         if needed > self._table.shape[-1]:
-            wider = torch.zeros(*self.counts.shape, 2 * needed, dtype=torch.int32)
+            wider = torch.zeros(*self.counts.shape, 2 * needed, dtype=torch.int32, device=self._table.device)
             wider[..., : self._table.shape[-1]] = self._table
             self._table = wider
         pages = torch.stack([self.geometry.pages_of(layer, new) for layer in range(self.geometry.num_layers)])
-        at = (self.counts + self.num_appended)[..., None] + torch.arange(len(new))
+        at = self._next + self.num_appended + torch.arange(len(new), device=new.device)
         self._table.scatter_(-1, at, pages.int())
         self.num_appended += len(new)
 
     def physical_lengths(self, logical_length: int) -> torch.Tensor:
-        """Slots in use when `logical_length` tokens have been seen: int32 [num_layers, num_kv_heads]."""
+        """Slots in use when `logical_length` tokens have been seen: int32 [num_layers, num_kv_heads], on the CPU."""
         page_size = self.geometry.page_size
         return (self.counts * page_size + logical_length - self.first_block * page_size).int()
 

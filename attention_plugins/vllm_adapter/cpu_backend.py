@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from attention_plugins.batch import CompactedBatch, plan_compacted
-from attention_plugins.vllm_adapter.runtime import BatchSplit, Capture, record, runtime_for
-from kvcache.vllm_adapter.manager import CompressibleAttentionSpec, register_spec
+from attention_plugins.vllm_adapter.runtime import BatchSplit, Capture, record, rows_of, runtime_for
+from kvcache.vllm_adapter.manager import compressible, register_spec
 
 
 class CPUCompressedBackend(CPUAttentionBackend):
@@ -29,9 +29,7 @@ class CPUCompressedBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if type(spec) is not FullAttentionSpec:
-            return spec
-        return CompressibleAttentionSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
+        return compressible(spec)
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
@@ -72,7 +70,7 @@ class CPUCompressedMetadataBuilder(CPUAttentionMetadataBuilder):
             return CPUCompressedMetadata(dense, None, None, [], split.captures)
         dense, tokens = None, None
         if split.dense_rows:
-            part, tokens = _rows_of(common_attn_metadata, split.dense_rows)
+            part, tokens = rows_of(common_attn_metadata, split.dense_rows)
             dense = super().build(common_prefix_len, part, fast_build)
         compacted = plan_compacted(split.compacted, self.num_kv_heads)
         return CPUCompressedMetadata(dense, tokens, compacted, self._kernel_plans(compacted), split.captures)
@@ -162,29 +160,6 @@ class CPUCompressedImpl(CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         output.view(group)[batch.token_heads] = part
-
-
-def _rows_of(common: CommonAttentionMetadata, rows: list[int]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The part of a batch's metadata that concerns these rows, and their tokens: int64."""
-    starts = common.query_start_loc_cpu.tolist()
-    tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    query_lens = [starts[row + 1] - starts[row] for row in rows]
-    query_start = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(query_lens), 0, out=query_start[1:])
-    seq_lens = common.seq_lens[rows]
-    part = replace(
-        common,
-        query_start_loc=query_start,
-        query_start_loc_cpu=query_start,
-        seq_lens=seq_lens,
-        num_reqs=len(rows),
-        num_actual_tokens=len(tokens),
-        max_query_len=max(query_lens),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=common.block_table_tensor[rows],
-        slot_mapping=common.slot_mapping[tokens],
-    )
-    return part, tokens
 
 
 def register() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,12 +40,16 @@ class BatchSplit:
 class CompressionRuntime:
     """Built by the worker once the KV cache exists; found by the attention backend through `runtime_for`."""
 
-    def __init__(self, compressor: Compressor, batch_request_ids: Callable[[], list[str]]) -> None:
+    def __init__(
+        self, compressor: Compressor, batch_request_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
+    ) -> None:
+        """`batch_request_ids` names the requests of a batch's rows, in order; each model runner has its own way."""
         self.compressor = compressor
         self._batch_request_ids = batch_request_ids
         self._in_step = False
         self._reports: list[CompactionReport] = []
 
+    @torch.inference_mode()
     def begin_step(self, scheduler_output: Any) -> None:
         """Between steps: forget finished requests, start new ones, compact finished prompts."""
         for request_id in scheduler_output.finished_req_ids:
@@ -72,9 +76,10 @@ class CompressionRuntime:
             split.dense_rows = list(range(common.num_reqs))
             return split
         starts = common.query_start_loc_cpu.tolist()
-        lengths = common.seq_lens.tolist()
+        # Exact, since speculative decoding is refused; on a GPU reading `seq_lens` itself would wait for it.
+        lengths = common.seq_lens_cpu_upper_bound.tolist()
         page_size = self.compressor.geometry.page_size
-        for row, request_id in enumerate(self._batch_request_ids()):
+        for row, request_id in enumerate(self._batch_request_ids(common)):
             first, last, length = starts[row], starts[row + 1], lengths[row]
             if table := self.compressor.table(request_id):
                 blocks = common.block_table_tensor[row, table.first_block : -(-length // page_size)]
@@ -106,3 +111,30 @@ def record(captures: list[Capture], layer: int, query: torch.Tensor) -> None:
     """Keep the captured queries of one layer; query [num_tokens, num_heads, head_dim]."""
     for capture in captures:
         capture.window.record(layer, capture.position, query[capture.first : capture.last])
+
+
+def rows_of(common: CommonAttentionMetadata, rows: list[int]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+    """The part of a batch's metadata that concerns these rows, and their tokens: int64, on the batch's device."""
+    device = common.seq_lens.device
+    starts = common.query_start_loc_cpu.tolist()
+    tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
+    query_lens = [starts[row + 1] - starts[row] for row in rows]
+    query_start = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(query_lens), 0, out=query_start[1:])
+    at, token_rows = torch.tensor(rows, device=device), tokens.to(device)
+    bounds = common.seq_lens_cpu_upper_bound
+    max_seq_len = common.max_seq_len if bounds is None else int(bounds[rows].max())
+    part = replace(
+        common,
+        query_start_loc=query_start.to(device),
+        query_start_loc_cpu=query_start,
+        seq_lens=common.seq_lens[at],
+        seq_lens_cpu_upper_bound=None if bounds is None else bounds[rows],
+        num_reqs=len(rows),
+        num_actual_tokens=len(tokens),
+        max_query_len=max(query_lens),
+        max_seq_len=max_seq_len,
+        block_table_tensor=common.block_table_tensor[at],
+        slot_mapping=common.slot_mapping[token_rows],
+    )
+    return part, token_rows

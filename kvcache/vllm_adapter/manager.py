@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
@@ -18,6 +18,13 @@ from kvcache.plan import RetentionPlan
 @dataclass(frozen=True, kw_only=True)
 class CompressibleAttentionSpec(FullAttentionSpec):
     """Full attention whose pages may be re-assigned after the prompt; the same memory layout."""
+
+
+def compressible(spec: AttentionSpec) -> AttentionSpec:
+    """The same spec, marked as ours; other kinds of attention are returned as they are (and refused later)."""
+    if type(spec) is not FullAttentionSpec:
+        return spec
+    return CompressibleAttentionSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
 
 class CompressibleAttentionManager(FullAttentionManager):

@@ -1,9 +1,8 @@
-"""The CPU attention's KV cache, as our pages."""
+"""vLLM's KV cache, as our pages."""
 
 from __future__ import annotations
 
 import torch
-from vllm import _custom_ops as ops
 
 from kvcache.pages import PageGeometry, PermutedCodec
 
@@ -55,6 +54,8 @@ def probe_codec(page_size: int, head_dim: int, dtype: torch.dtype, isa: str) -> 
     Raises:
         RuntimeError: when a page is not a permutation of its elements.
     """
+    from vllm import _custom_ops as ops
+
     elements = 2 * page_size * head_dim
     numbers = torch.arange(elements)
     found = torch.zeros(elements, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Scripts for one NVIDIA GPU; each prints JSON lines, one claim a script."""

@@ -1,0 +1,65 @@
+"""An engine with our CUDA classes in this process, and prompts for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 128000,
+    "eos_token_id": 128001, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+"""Llama-3.1-8B's shapes; served with random weights, since speed doesn't depend on them."""
+
+
+def random_llama() -> str:
+    """Folder with the 8B configuration, for `load_format="dummy"`."""
+    folder = tempfile.mkdtemp()
+    (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
+    """vLLM's `LLM`, with our worker, scheduler and attention backend or as it is."""
+    from vllm import LLM
+
+    if compress:
+        from attention_plugins.vllm_adapter import cuda_backend
+
+        cuda_backend.register()
+        settings |= {
+            "worker_cls": "attention_plugins.vllm_adapter.cuda_worker.CUDACompressionWorker",
+            "scheduler_cls": "kvcache.vllm_adapter.scheduler.AsyncCompressionScheduler",
+            "attention_backend": "CUSTOM",
+            "additional_config": {"longreach": {"keep_positions": settings.pop("keep_positions", False)}},
+        }
+    began = time.perf_counter()
+    llm = LLM(model=model, **settings)
+    config = llm.llm_engine.vllm_config
+    say(
+        start_s=round(time.perf_counter() - began, 1), compress=compress,
+        async_scheduling=config.scheduler_config.async_scheduling, v2_runner=config.use_v2_model_runner,
+        graphs=str(config.compilation_config.cudagraph_mode), block_size=config.cache_config.block_size,
+        kv_tokens=config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+    )  # fmt: skip
+    return llm
+
+
+def say(**row: Any) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def random_prompt(tokens: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(1000, 100000) for _ in range(tokens)]
