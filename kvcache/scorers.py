@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+# Bounds the memory of `window_attention`: logits held at once, 4 bytes each, unless one KV head alone has more.
+_MAX_LOGITS = 1 << 26
+
 GroupReduce = Literal["mean", "max", "sum"]
 GroupStage = Literal["probabilities", "logits"]
 Pooling = Literal["avg", "max", "none"]
@@ -64,14 +67,17 @@ def window_attention(
     """
     w, num_heads, head_dim = queries.shape
     num_kv_heads, n, _ = keys.shape
-    grouped = queries.float().view(w, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    group = num_heads // num_kv_heads
+    grouped = queries.float().view(w, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     future = torch.arange(n, device=keys.device) > torch.arange(n - w, n, device=keys.device)[:, None]
     votes = []
-    for head in range(num_kv_heads):  # one KV head at a time bounds the memory to G * w * n floats
-        logits = torch.einsum("wgd,nd->gwn", grouped[:, head], keys[head].float()) * scale
+    together = max(1, _MAX_LOGITS // (group * w * n))
+    for heads in torch.arange(num_kv_heads).split(together):
+        first, last = int(heads[0]), int(heads[-1]) + 1
+        logits = grouped[first:last] @ keys[first:last, None].float().transpose(-1, -2) * scale
         if group_stage == "logits":
-            logits = reduce_group(logits, group_reduce, 0)[None]
-        probabilities = logits.masked_fill(future, float("-inf")).softmax(-1)
-        vote = pool(probabilities.mean(1)[:, : n - w], pooling, kernel)
-        votes.append(reduce_group(vote, group_reduce, 0))
-    return torch.stack(votes)
+            logits = reduce_group(logits, group_reduce, 1)[:, None]
+        probabilities = logits.masked_fill_(future, float("-inf")).softmax(-1)
+        vote = pool(probabilities.mean(2)[..., : n - w], pooling, kernel)
+        votes.append(reduce_group(vote, group_reduce, 1))
+    return torch.cat(votes)

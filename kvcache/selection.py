@@ -35,4 +35,6 @@ def keep_top(scores: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     if any(not 0 <= count <= n for count in counts):
         raise ValueError(f"cannot keep {counts} of {n} tokens")
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return [order[head, :count].sort().values for head, count in enumerate(counts)]
+    wanted = torch.arange(n) < torch.tensor(counts)[:, None]
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, wanted.to(scores.device))
+    return list(kept.nonzero()[:, 1].split(counts))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 INTRO = "There is one important pass key hidden in the text below. Find it and remember it."
 NEEDLE = "The pass key for {name} is {key}. Remember it. {key} is the pass key for {name}."
-QUESTION = "Which number is the pass key for {name}?"
+QUESTION = "What is the pass key for {name}? Answer with the number."
 
 
 def listed(text: str) -> list[str]:
