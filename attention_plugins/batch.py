@@ -49,28 +49,22 @@ class CompactedBatch:
 
 
 def plan_compacted(rows: list[CompactedRow], num_kv_heads: int) -> CompactedBatch:
-    """Lay out the sequences: request by request, KV head by KV head."""
-    heads = torch.arange(num_kv_heads)
-    token_heads, lengths, tables, query_lens = [], [], [], []
-    for row in rows:
-        tokens = torch.arange(row.first_token, row.first_token + row.num_tokens)
-        token_heads.append((tokens[None, :] * num_kv_heads + heads[:, None]).flatten())
-        lengths.append(row.table.physical_lengths(row.length))
-        tables.append(row.table.rows())
-        query_lens += [row.num_tokens] * num_kv_heads
-    width = max(table.shape[-1] for table in tables)
-    device = tables[0].device
-    pages = torch.zeros(len(tables[0]), len(query_lens), width, dtype=torch.int32, device=device)
-    for i, table in enumerate(tables):
-        pages[:, i * num_kv_heads : (i + 1) * num_kv_heads, : table.shape[-1]] = table
-    start = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(query_lens), 0, out=start[1:])
-    physical = torch.cat(lengths, 1)
+    """Lay out the sequences: request by request, KV head by KV head. All tables lie in one store."""
+    store = rows[0].table.store
+    slots = torch.tensor([row.table.slot for row in rows])
+    query_lens = torch.tensor([row.num_tokens for row in rows])
+    logical = torch.tensor([row.length for row in rows], dtype=torch.int32)
+    lengths = (store.offsets[:, slots] + logical[:, None]).flatten(1)
+    width = max(row.table.width for row in rows)
+    device = store.pages.device
+    pages = store.pages[..., :width].index_select(1, slots.to(device)).flatten(1, 2)
+    query_start = torch.zeros(len(rows) * num_kv_heads + 1, dtype=torch.int32)
+    torch.cumsum(query_lens.repeat_interleave(num_kv_heads), 0, out=query_start[1:])
+    most = int(query_lens.max())
+    first = torch.tensor([row.first_token for row in rows])
+    token = first[:, None, None] + torch.arange(most)
+    place = token * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+    real = (torch.arange(most) < query_lens[:, None])[:, None].expand_as(place)
     return CompactedBatch(
-        torch.cat(token_heads).to(device),
-        start.to(device),
-        physical.to(device),
-        pages,
-        max(query_lens),
-        int(physical.max()),
+        place[real].to(device), query_start.to(device), lengths.to(device), pages, most, int(lengths.max())
     )

@@ -10,7 +10,7 @@ import torch
 
 from kvcache.allocation import apportion
 from kvcache.evidence import LayerEvidence, QueryWindow
-from kvcache.pages import PageCodec, PageGeometry, PageTable
+from kvcache.pages import PageCodec, PageGeometry, PageTable, TableStore
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
@@ -86,6 +86,7 @@ class Compressor:
         self.geometry, self.codec, self.pages = geometry, codec, pages
         self.num_heads, self.scale, self.keep_positions = num_heads, scale, keep_positions
         self.requests: dict[str, _Request] = {}
+        self.tables = TableStore(geometry, pages.device)
 
     def start(self, order: Start) -> None:
         policy = make_policy(order.policy)
@@ -103,10 +104,14 @@ class Compressor:
                 dtype=self.pages.dtype,
                 device=self.pages.device,
             )
+        self.finish(order.request_id)
         self.requests[order.request_id] = _Request(policy, order.plan, window)
 
     def finish(self, request_id: str) -> None:
-        self.requests.pop(request_id, None)
+        """Forget a request; an unknown one is no error."""
+        request = self.requests.pop(request_id, None)
+        if request and request.table:
+            request.table.release()
 
     def window(self, request_id: str) -> QueryWindow | None:
         """The window that still has to be filled, or None when the request's queries aren't needed (any more)."""
@@ -143,7 +148,7 @@ class Compressor:
         target = torch.tensor(order.target_blocks, device=self.pages.device)
 
         counts = self._page_counts(policy, plan)
-        table = PageTable(g, counts, g.pool_of(target), first_block=plan.full_pages)
+        table = PageTable(g, counts, g.pool_of(target), plan.full_pages, self.tables)
         below_tail = plan.full_pages * plan.page_size
         nan_scores = torch.zeros((), dtype=torch.int64, device=self.pages.device)
         request.kept = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from argparse import Namespace
@@ -11,31 +12,64 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
-from vllm.reasoning import ReasoningParserManager
-from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 
+from kvcache.registry import PolicyError
 from server.engine import LongreachLLM
+from server.errors import StartError, one_line
 from server.metrics import CompressionMetrics
 from server.platforms import Platform
 from server.policies import PolicyDesk
 from server.refusals import refuse_config
+from server.settings import in_flags
 
 _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins",
                   "vllm.stat_logger_plugins")  # fmt: skip
+# It downloads what clients name, so vLLM takes its being on the list for consent, which is the user's to give.
+_ONLY_BY_NAME = "lora_hf_hub_resolver"
 
 
 def allow_plugin() -> None:
     """Put our endpoint plug-in on vLLM's list of allowed plug-ins, which it reads from the environment.
 
     vLLM loads all other kinds of plug-ins when there is no list, so a list of ours has to name those too.
+
+    Raises:
+        StartError: Longreach's entry points are missing, so vLLM would serve without our routes and fields.
     """
+    if not entry_points(group="vllm.endpoint_plugins", name="longreach"):
+        raise StartError("the package longreach is not installed: run `pip install -e .` where its pyproject.toml is")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:
-        names = {entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)}
+        names = {entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)} - {_ONLY_BY_NAME}
     else:
         names = {name for name in allowed.split(",") if name}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {"longreach"}))
+
+
+class _Stop:
+    """Ends the start when the process is told to; vLLM installs handlers of its own only when it listens."""
+
+    def __init__(self) -> None:
+        self.told = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+    def __call__(self, *_: Any) -> None:
+        self.told = True
+        # vLLM waits for the engine in ZeroMQ, which swallows exceptions of signal handlers, but notices its end.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise what was swallowed.
+
+        Raises:
+            KeyboardInterrupt: told to stop.
+        """
+        if self.told:
+            raise KeyboardInterrupt
 
 
 async def serve(args: Namespace, default: dict[str, Any], platform: Platform) -> None:
@@ -47,27 +81,62 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
         platform: where we run.
 
     Raises:
-        Unsupported: the configuration can't be combined with compression.
-        PolicyError: the default policy doesn't fit the engine.
+        StartError: the address, the model, or the configuration together with compression.
+        KeyboardInterrupt: told to stop before the server listened.
     """
-
-    def interrupt(*_: Any) -> None:  # until uvicorn installs its own handler
-        raise KeyboardInterrupt("terminated")
-
-    signal.signal(signal.SIGTERM, interrupt)
-    if args.tool_parser_plugin and len(args.tool_parser_plugin) > 3:
-        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-    if args.reasoning_parser_plugin and len(args.reasoning_parser_plugin) > 3:
-        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    stop = _Stop()
     allow_plugin()
-    address, sock = setup_server(args, reuse_port=False)
-    engine = None
+    address, sock = _listen(args)
     try:
-        engine_args = AsyncEngineArgs.from_cli_args(args)
+        try:
+            engine = _start_engine(args, default, platform)
+        except StartError:
+            stop.check()
+            raise
+        try:
+            stop.check()
+            await engine.reset_mm_cache()  # vLLM's warm-up left dummy data there
+            shutdown = await build_and_serve(engine, address, sock, args)
+        finally:
+            engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
+        await shutdown  # open connections end when the engine has
+    finally:
+        sock.close()
+
+
+def _listen(args: Namespace) -> tuple[str, Any]:
+    """Take the address before the slow part.
+
+    Raises:
+        StartError: it is taken or not ours, or a parser of tool calls or reasoning doesn't exist.
+    """
+    try:
+        return setup_server(args, reuse_port=False)
+    except OSError as error:
+        where = f"--uds {args.uds}" if args.uds else f"--host {args.host} --port {args.port}"
+        raise StartError(f"can't listen: {where}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise StartError(one_line(error)) from error
+
+
+def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) -> LongreachLLM:
+    """Load the model.
+
+    Raises:
+        StartError: it can't be loaded, or not with compression.
+    """
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    try:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        if platform.unavailable is None:
-            refuse_config(config)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
+    if platform.unavailable is None:
+        refuse_config(config)
+    try:
         desk = PolicyDesk(default, config.cache_config.block_size, platform.unavailable)
+    except PolicyError as error:
+        raise StartError(in_flags(error)) from None
+    try:
         engine = LongreachLLM.from_vllm_config(
             vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
@@ -75,11 +144,12 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
         )
-        engine.desk = desk
-        engine.metrics = CompressionMetrics((args.served_model_name or [config.model_config.model])[0])
-        shutdown = await build_and_serve(engine, address, sock, args)
-        await shutdown
-    finally:
-        if engine is not None:
-            engine.shutdown(timeout=config.shutdown_timeout)
-        sock.close()
+    except (ValueError, OSError) as error:
+        raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "Engine core initialization failed" not in str(error):
+            raise
+        raise StartError("the engine didn't start; its own messages above say why") from error
+    engine.desk = desk
+    engine.metrics = CompressionMetrics(config.model_config.served_model_name)
+    return engine

@@ -1,30 +1,19 @@
-"""The command `longreach`."""
+"""The command `longreach`.
+
+Exit codes: 0 done; 1 something failed; 2 the command line, the configuration or the model can't be served as asked;
+130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
-from pathlib import Path
-
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of the console script."""
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": _serve, "policies": _policies, "doctor": _doctor}
-    if argv and argv[0] in commands:
-        commands[argv[0]](argv)
-        return
-    if argv[:1] in (["--version"], ["-V"]):
-        from importlib.metadata import version
-
-        print(version("longreach"))
-        return
-    print(USAGE)
-    if argv[:1] not in ([], ["-h"], ["--help"], ["help"]):
-        raise SystemExit(f"longreach: unknown command {argv[0]!r}; there are {', '.join(commands)}")
-
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 USAGE = """usage: longreach COMMAND ...
 
@@ -36,108 +25,119 @@ USAGE = """usage: longreach COMMAND ...
         what this machine can run, and why not"""
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script.
+
+    Raises:
+        SystemExit: with the exit code, except after success.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"serve": _serve, "policies": _policies, "doctor": _doctor}
+    if argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    elif argv[:1] in (["--version"], ["-V"]):
+        from importlib.metadata import version
+
+        print(version("longreach"))
+    else:
+        print(USAGE)
+        if argv[:1] not in ([], ["-h"], ["--help"], ["help"]):
+            _fail(f"unknown command {argv[0]!r}; there are {', '.join(commands)}")
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"longreach: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _serve(argv: list[str]) -> None:
-    from server.refusals import Unsupported, refuse_args
-
-    model = _named_model(argv)
-    argv = argv if model else _with_embedded(argv)
-
-    from kvcache.registry import PolicyError
+    from kvcache.registry import policies
     from kvcache.vllm_adapter.compat import IncompatibleVLLM, check
-    from server.platforms import detect, prepare
-    from server.settings import add_flags, default_policy
+    from server.embedded import EmbeddedModelError
+    from server.errors import StartError, one_line
+    from server.platforms import NO_DEVICE, detect, prepare
 
     try:
+        policies()
+    except (ValueError, ImportError, AttributeError) as error:
+        _fail(f"a package with a KV-cache policy can't be used: {one_line(error)}")
+    try:
+        check(cpu=False)
         platform = detect()
         check(cpu=platform.name == "cpu")
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        from server.arguments import parse, resolve_model
+        from server.refusals import refuse_args
+        from server.settings import default_policy
 
         cli_env_setup()
-        parser = FlexibleArgumentParser(prog="longreach", description="vLLM's server with KV-cache compression.")
-        serve_parser = parser.add_subparsers(dest="command").add_parser("serve")
-        make_arg_parser(serve_parser)
-        add_flags(serve_parser)
-        serve_parser.set_defaults(host="127.0.0.1", **({"enforce_eager": True} if platform.name == "cpu" else {}))
-        args = parser.parse_args(argv)
-        args.model = args.model_tag or args.model
-        args.subparser = "serve"
-        refuse_args(args)
+        args = parse(argv, platform)
+        if platform.name == NO_DEVICE:
+            raise StartError(f"{platform.unavailable}")
         configure_logging_from_args(args)
-        validate_parsed_serve_args(args)
-        default = default_policy(args)
+        refuse_args(args, compresses=platform.unavailable is None)
         prepare(args, platform)
+        default = default_policy(args, platform)
+        resolve_model(args)
 
         import uvloop
 
         from server.app import serve
 
         uvloop.run(serve(args, default, platform))
-    except (Unsupported, IncompatibleVLLM, PolicyError) as error:
-        raise SystemExit(f"longreach: {error}") from None
+    except (StartError, IncompatibleVLLM, EmbeddedModelError) as error:
+        logging.getLogger("vllm").debug("why:", exc_info=True)
+        _fail(one_line(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _named_model(argv: list[str]) -> bool:
-    """Whether the command line or its config file names a model."""
-    if len(argv) > 1 and not argv[1].startswith("-"):
-        return True
-    if any(arg == "--model" or arg.startswith("--model=") for arg in argv) or {"-h", "--help"} & set(argv):
-        return True
-    if any(arg.startswith("--help=") for arg in argv):
-        return True
-    if "--config" in argv[:-1]:
-        import yaml
-
-        content = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text())
-        return isinstance(content, dict) and "model" in content
-    return False
-
-
-def _with_embedded(argv: list[str]) -> list[str]:
-    """The command line for the embedded model: its folder, its name, and a small KV cache of 1 GiB."""
-    from server.embedded import EMBEDDED_MODEL_NAME, EmbeddedModelError, ensure_embedded_model
-
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End quietly when the output goes to a program, such as head, that has read enough."""
     try:
-        folder = ensure_embedded_model()
-    except EmbeddedModelError as error:
-        raise SystemExit(f"longreach: {error}") from None
-    extra = ["--served-model-name", EMBEDDED_MODEL_NAME] if "--served-model-name" not in argv else []
-    sized = {"--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override"}
-    if not sized & {arg.partition("=")[0] for arg in argv}:
-        extra += ["--kv-cache-memory-bytes", str(1 << 30)]
-    return ["serve", str(folder), *extra, *argv[1:]]
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _policies(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="longreach policies", description="List the KV-cache policies.")
+    parser.add_argument("--json", action="store_true", help="as JSON, with every argument's schema")
+    as_json = parser.parse_args(argv).json
+
     from kvcache.registry import policies
 
-    if "--json" in argv:
-        print(json.dumps([policy.describe() for policy in policies().values()], indent=2))
-        return
-    print("none\n    Keep everything: stock vLLM.")
-    for policy in policies().values():
-        description = policy.describe()
-        print(f"\n{policy.name}\n    {description['title']} ({policy.paper})")
-        needs = f"needs: {description['evidence']}"
-        needs += ", looks at the question" if policy.query_aware else ""
-        print(f"    {needs}{', layers differ in length' if policy.layer_lengths_differ else ''}")
-        for name, schema in description["arguments"]["properties"].items():
-            print(f"      {name} = {schema['default']!r:12} {schema.get('description', '')}")
+    described = [policy.describe() for policy in policies().values()]
+    with _reader_may_leave():
+        if as_json:
+            print(json.dumps(described, indent=2))
+            return
+        print("none\n    Keep everything: stock vLLM.")
+        for policy in described:
+            print(f"\n{policy['name']}\n    {policy['title']} ({policy['paper']})")
+            needs = f"needs: {policy['evidence']}{', looks at the question' if policy['query_aware'] else ''}"
+            print(f"    {needs}{', layers differ in length' if policy['layer_lengths_differ'] else ''}")
+            for name, schema in policy["arguments"]["properties"].items():
+                value = repr(schema["default"]) if "default" in schema else "(needed)"
+                print(f"      {name} = {value:12} {schema.get('description', '')}")
 
 
 def _doctor(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog="longreach doctor", description="Say what this machine can run.").parse_args(argv)
+
     from server.doctor import examine
 
-    argparse.ArgumentParser(prog="longreach doctor").parse_args(argv[1:])
     findings = examine()
-    for finding in findings:
-        print(f"{'ok ' if finding.ok else 'NO '} {finding.text}")
-    raise SystemExit(0 if all(finding.ok or not finding.needed for finding in findings) else 1)
-
+    with _reader_may_leave():
+        for finding in findings:
+            print(f"{'ok ' if finding.ok else 'NO '} {finding.text}")
+    if any(finding.needed and not finding.ok for finding in findings):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

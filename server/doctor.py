@@ -6,6 +6,7 @@ import os
 import platform as python_platform
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,21 @@ def examine() -> list[Finding]:
     if installed_version() is None:
         return [*findings, *(Finding(False, text) for text in problems(cpu=False))]
 
-    from server.platforms import detect
+    from server.platforms import NO_DEVICE, detect
 
     platform = detect()
     found = problems(cpu=platform.name == "cpu")
     findings += [Finding(False, text) for text in found]
     if not found:
         findings.append(Finding(True, f"vLLM {installed_version()}: everything private that Longreach uses is there"))
-    findings.append(Finding(platform.name in ("cpu", "cuda"), f"vLLM's platform: {platform.name}"))
+    findings.append(Finding(platform.name != NO_DEVICE, f"vLLM's platform: {platform.name}"))
     if platform.unavailable:
         findings.append(Finding(False, f"KV-cache policies: {platform.unavailable}", needed=False))
     else:
         from kvcache.registry import policies
 
         findings.append(Finding(True, f"KV-cache policies: {', '.join(policies())}"))
-    findings.append(_embedded())
+    findings += [_plugin(), _embedded()]
     return findings
 
 
@@ -55,6 +56,12 @@ def _memory() -> str:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = shutil.disk_usage(os.path.expanduser("~")).free
     return f"{os.cpu_count()} cores, {pages / 2**30:.0f} GiB memory, {free / 2**30:.0f} GiB free disk"
+
+
+def _plugin() -> Finding:
+    if entry_points(group="vllm.endpoint_plugins", name="longreach"):
+        return Finding(True, "vLLM finds Longreach's endpoint plug-in")
+    return Finding(False, "vLLM doesn't find Longreach's endpoint plug-in: pip install the package longreach")
 
 
 def _embedded() -> Finding:

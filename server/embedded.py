@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import json
@@ -22,10 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.conversion import convert
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["EMBEDDED_MODEL_NAME", "EmbeddedModelError", "default_cache_dir", "ensure_embedded_model", "find_embedded_model"]
+__all__ = [
+    "EMBEDDED_MODEL_NAME",
+    "EmbeddedModelError",
+    "default_cache_dir",
+    "ensure_embedded_model",
+    "find_embedded_model",
+]
 
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
 """Name of the embedded model as clients see it in `/v1/models`."""
@@ -232,7 +239,7 @@ def _write(gguf: Path, digest: str, target: Path, progress: tqdm[Any]) -> None:
     temporary = _sibling(target)
     temporary.mkdir()
     try:
-        _convert(gguf, temporary, progress)
+        convert(gguf, temporary, progress, f"unpacking {EMBEDDED_MODEL_NAME}")
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         manifest = temporary / _MANIFEST
         contents = {"format": _FORMAT, "gguf": gguf.name, "gguf_sha256": digest, "files": files}
@@ -268,65 +275,3 @@ def _remove_stale(target: Path) -> None:
             continue
         if stale:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings out of the way of ours."""
-    from tqdm import tqdm
-    from transformers import modeling_gguf_pytorch_utils as loader
-    from transformers.utils import logging
-
-    verbosity, bars, loader_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), loader.tqdm
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # The GGUF loader takes tqdm itself and asks no one.
-    loader.tqdm = functools.partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        loader.tqdm = loader_bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _convert(gguf: Path, folder: Path, progress: tqdm[Any]) -> None:
-    """Write the GGUF's tokenizer, weights (dequantized to bfloat16) and configurations to an existing folder.
-
-    Raises:
-        OSError: a file can't be written.
-    """
-    progress.set_description(f"unpacking {EMBEDDED_MODEL_NAME}: read tokenizer")
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    with _quiet_transformers():
-        source = {"gguf_file": gguf.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-        # transformers reads the merges but not `tokenizer.ggml.pre = smollm`: digits are split off one by one before
-        # anything else. Without it, white space before a number is cut otherwise than the model was trained on.
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-        progress.update()
-
-        progress.set_description(f"unpacking {EMBEDDED_MODEL_NAME}: read weights")
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        # The weights are plain now; otherwise the checkpoint would be written, and read, as a quantized one.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        for passing in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(passing, None)
-        progress.update()
-
-        progress.set_description(f"unpacking {EMBEDDED_MODEL_NAME}: write")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        progress.update()

@@ -26,7 +26,10 @@ class CompressionMetrics:
         self._seen: dict[tuple[str, str], float] = {}
 
     def update(self, totals: dict[str, dict[str, float]]) -> None:
-        """Raise the counters to the engine's totals (`kvcache.usage.CompressionTotals.by_policy`)."""
+        """Raise the counters to the engine's totals (`kvcache.usage.CompressionTotals.by_policy`).
+
+        Requests deliver them in any order, so lower totals than those seen are old news.
+        """
         for policy, values in totals.items():
             for name, counter in self.counters.items():
                 grown = values[name] - self._seen.get((policy, name), 0)

@@ -9,11 +9,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvcache.registry import PolicyError
+from kvcache.registry import NONE, PolicyError
 from server.policies import PolicyDesk
 from server.scope import RequestScope, current_scope, merge_usage
 
 FIELD = "kv_cache"
+_BEAM = "use_beam_search"
 
 
 def error_response(error: PolicyError) -> JSONResponse:
@@ -35,25 +36,28 @@ class KVCacheMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         request = RequestScope()
-        if "json" in Headers(scope=scope).get("content-type", ""):
-            desk: PolicyDesk = scope["app"].state.kv_policies
+        editor: Send = _AnswerEditor(request, send)
+        if "json" in Headers(scope=scope).get("content-type", "").lower():
             body, messages = await _read(receive)
-            if FIELD.encode() in body:
+            if content := _object_with(body, FIELD, _BEAM):
                 try:
-                    body, request.kv_cache = _take_field(body, desk)
+                    request.kv_cache = _take_field(content, scope["app"].state.kv_policies)
                 except PolicyError as error:
                     return await error_response(error)(scope, receive, send)
+                body = json.dumps(content).encode()
                 scope = {**scope, "headers": _with_length(scope, len(body))}
+                if content.get(_BEAM):
+                    editor = send  # its many engine requests add up to nothing that a client could read
             receive = _replay(body, messages, receive)
         token = current_scope.set(request)
         try:
-            await self.app(scope, receive, _AnswerEditor(request, send))
+            await self.app(scope, receive, editor)
         finally:
             current_scope.reset(token)
 
 
 async def _read(receive: Receive) -> tuple[bytes, list[Message]]:
-    """The whole body, and messages that are no body (a disconnect) to hand on."""
+    """The body, and what came instead of its end: a disconnect, or nothing."""
     parts: list[bytes] = []
     while True:
         message = await receive()
@@ -65,7 +69,7 @@ async def _read(receive: Receive) -> tuple[bytes, list[Message]]:
 
 
 def _replay(body: bytes, messages: list[Message], receive: Receive) -> Receive:
-    queue: list[Message] = [{"type": "http.request", "body": body, "more_body": False}, *messages]
+    queue: list[Message] = [{"type": "http.request", "body": body, "more_body": bool(messages)}, *messages]
 
     async def replay() -> Message:
         return queue.pop(0) if queue else await receive()
@@ -73,26 +77,38 @@ def _replay(body: bytes, messages: list[Message], receive: Receive) -> Receive:
     return replay
 
 
-def _take_field(body: bytes, desk: PolicyDesk) -> tuple[bytes, dict[str, Any] | None]:
-    """The body without the field, and the checked policy. A body that isn't a JSON object is vLLM's to refuse.
+def _object_with(body: bytes, *names: str) -> dict[str, Any] | None:
+    """The body as a JSON object if it has one of these fields. What isn't a JSON object is vLLM's to refuse."""
+    if not any(name.encode() in body for name in names):
+        return None
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and _fields(content) & set(names) else None
+
+
+def _fields(content: dict[str, Any]) -> set[str]:
+    """Names of the request's own fields and of vLLM's extra ones."""
+    extra = content.get("vllm_xargs")
+    return set(content) | (set(extra) if isinstance(extra, dict) else set())
+
+
+def _take_field(content: dict[str, Any], desk: PolicyDesk) -> dict[str, Any] | None:
+    """Remove the field from a request, in place, and return the checked policy; None stands for the server's own.
 
     Raises:
         PolicyError: the field is wrong.
     """
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return body, None
-    if not isinstance(content, dict):
-        return body, None
     if isinstance(content.get("vllm_xargs"), dict) and FIELD in content["vllm_xargs"]:
         raise PolicyError("vllm_xargs.kv_cache", "is not read.", "the field `kv_cache` of the request itself")
-    if content.get(FIELD) is None:
-        return body, None
-    if content.get("use_beam_search"):
+    words = content.pop(FIELD, None)
+    checked = None if words is None else desk.check(words)
+    if not content.get(_BEAM):
+        return checked
+    if checked and checked["policy"] != NONE:
         raise PolicyError(FIELD, "beam search starts a new prompt for every token.", "requests without beam search")
-    words = desk.check(content.pop(FIELD))
-    return json.dumps(content, ensure_ascii=False).encode(), words
+    return {"policy": NONE}
 
 
 def _with_length(scope: Scope, length: int) -> list[tuple[bytes, bytes]]:
@@ -102,7 +118,10 @@ def _with_length(scope: Scope, length: int) -> list[tuple[bytes, bytes]]:
 
 
 class _AnswerEditor:
-    """Adds `usage.kv_cache` to a JSON answer, or to the events of a stream that carry usage."""
+    """Adds `usage.kv_cache` to a JSON answer, or to the lines of an event stream that carry usage.
+
+    Nothing is held back or looked at before an engine request has finished: usage is only told after that.
+    """
 
     def __init__(self, request: RequestScope, send: Send) -> None:
         self.request, self.send = request, send
@@ -112,46 +131,53 @@ class _AnswerEditor:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.kind = Headers(raw=message["headers"]).get("content-type", "").partition(";")[0]
-            if self.kind == "application/json":
+            self.kind = Headers(raw=message.get("headers", [])).get("content-type", "").partition(";")[0]
+            if self.kind == "application/json" and self.request.usage:
                 self.start = message  # its length isn't known yet
                 return
         elif message["type"] == "http.response.body":
-            last = not message.get("more_body", False)
-            if self.kind == "application/json":
-                self.rest += message.get("body", b"")
-                return await self._answer() if last else None
-            if self.kind == "text/event-stream":
-                message = {**message, "body": self._events(message.get("body", b""), last)}
+            body, last = message.get("body", b""), not message.get("more_body", False)
+            if self.start is not None:
+                self.rest += body
+                return await self._answer(self.start) if last else None
+            if self.kind == "text/event-stream" and self.request.usage:
+                message = {**message, "body": self._lines(body, last)}
         await self.send(message)
 
-    async def _answer(self) -> None:
-        assert self.start is not None
+    async def _answer(self, start: Message) -> None:
         body = self._edited(self.rest)
-        MutableHeaders(raw=self.start["headers"])["content-length"] = str(len(body))
-        await self.send(self.start)
+        headers = MutableHeaders(raw=list(start.get("headers", [])))
+        headers["content-length"] = str(len(body))
+        await self.send({**start, "headers": headers.raw})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def _events(self, data: bytes, last: bool) -> bytes:
-        """Whole events, edited; a part of one waits for the rest."""
-        if not self.rest and b'"usage"' not in data and data.endswith(b"\n\n"):
-            return data  # nearly every token of every stream
-        *events, self.rest = (self.rest + data).split(b"\n\n")
-        if last and self.rest:
-            events, self.rest = [*events, self.rest], b""
-        return b"".join(self._event(event) + b"\n\n" for event in events)
+    def _lines(self, data: bytes, last: bool) -> bytes:
+        """Whole lines, edited; a part of one waits for the rest."""
+        if not self.rest and b'"usage"' not in data and data.endswith(b"\n"):
+            return data
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if last:
+            lines, self.rest = [*lines, self.rest], b""
+            return b"\n".join(self._line(line) for line in lines)
+        return b"".join(self._line(line) + b"\n" for line in lines)
 
-    def _event(self, event: bytes) -> bytes:
-        lines = event.split(b"\n")
-        return b"\n".join(b"data: " + self._edited(line[6:]) if line.startswith(b"data: {") else line for line in lines)
+    def _line(self, line: bytes) -> bytes:
+        if not line.startswith(b"data:"):
+            return line
+        value = line[5:].strip()
+        edited = self._edited(value)
+        return line if edited is value else line.replace(value, edited, 1)
 
     def _edited(self, data: bytes) -> bytes:
-        """A JSON object with `kv_cache` in its usage, at the top or in a Responses event's `response`."""
-        if not self.request.usage or b'"usage"' not in data:
+        """A JSON object with `kv_cache` in its usage: at the top, in a Responses `response` or a Cohere `delta`."""
+        if b'"usage"' not in data:
             return data
-        content = json.loads(data)
-        for holder in (content, content.get("response")):
-            if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-                holder["usage"][FIELD] = merge_usage(self.request.usage)
-                return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        try:
+            content = json.loads(data)
+            for holder in (content, content.get("response"), content.get("delta")):
+                if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+                    holder["usage"][FIELD] = merge_usage(self.request.usage)
+                    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        except (ValueError, AttributeError, RecursionError):
+            pass  # not a JSON object
         return data

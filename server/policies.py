@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvcache.policies.base import Policy
 from kvcache.registry import NONE, PolicyError, make_policy, policies, policy_words
 
@@ -35,7 +37,8 @@ class PolicyDesk:
         budget, least = policy.args.budget, policy.minimum_budget(self.page_size)
         if budget.tokens is not None and budget.tokens < least:
             raise PolicyError(
-                "kv_cache.budget", f"{budget.tokens} is too small for {policy.name} with these arguments.",
+                "kv_cache.budget",
+                f"{budget.tokens} is too small for {policy.name} with these arguments.",
                 f">= {least} tokens (sinks, recent window and two pages of {self.page_size} tokens)",
             )
         return policy_words(policy)
@@ -49,11 +52,19 @@ class PolicyDesk:
             "available": self.unavailable is None,
             "unavailable_reason": self.unavailable,
             "data": [
-                {"name": NONE, "title": "Keep everything: stock vLLM", "paper": "none",
-                 "arguments": {"type": "object", "properties": {}, "additionalProperties": False}},
+                {
+                    "name": NONE,
+                    "title": "Keep everything: stock vLLM",
+                    "paper": "none",
+                    "arguments": {"type": "object", "properties": {}, "additionalProperties": False},
+                },
                 *(self._describe(policy) for policy in policies().values()),
             ],
         }
 
     def _describe(self, policy: type[Policy]) -> dict[str, Any]:
-        return {**policy.describe(), "minimum_budget": policy(policy.Args()).minimum_budget(self.page_size)}
+        try:
+            least = policy(policy.Args.model_validate({})).minimum_budget(self.page_size)
+        except ValidationError:  # some argument has no default
+            least = None
+        return {**policy.describe(), "minimum_budget": least}

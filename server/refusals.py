@@ -5,25 +5,35 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from server.errors import StartError
 
-class Unsupported(ValueError):
+_PLAIN_CACHES = ("auto", "float16", "bfloat16")
+
+
+class Unsupported(StartError):
     """The asked-for combination is not supported; the message names everything and what to change."""
 
 
-def refuse_args(args: Namespace) -> None:
+def refuse_args(args: Namespace, compresses: bool) -> None:
     """Refuse what vLLM's flags alone show.
+
+    Args:
+        args: vLLM's arguments.
+        compresses: whether policies can run here; without them only what our one server process can't do is refused.
 
     Raises:
         Unsupported: names the flags.
     """
     found = [
         (args.headless, "--headless"),
-        (getattr(args, "grpc", False), "--grpc"),
+        (args.grpc, "--grpc"),
         ((args.api_server_count or 1) > 1, "--api-server-count above 1"),
-        (args.scheduler_cls is not None, "--scheduler-cls"),
-        (args.worker_cls != "auto", "--worker-cls"),
+        (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
+        (compresses and args.scheduler_cls is not None, "--scheduler-cls"),
+        (compresses and args.worker_cls != "auto", "--worker-cls"),
     ]
-    _raise([f"{flag} is not supported; leave it out" for bad, flag in found if bad])
+    if names := [flag for bad, flag in found if bad]:
+        raise Unsupported(f"{', '.join(names)}: not supported; leave it out, or use stock `vllm serve`.")
 
 
 def refuse_config(config: Any) -> None:
@@ -40,29 +50,42 @@ def refuse_config(config: Any) -> None:
         (model.is_encoder_decoder, "encoder-decoder models"),
         (model.is_multimodal_model, "multi-modal models"),
         (model.is_hybrid or model.is_attention_free, "hybrid and attention-free models"),
-        (_slides(model, text), "sliding-window attention"),
-        (getattr(text, "position_embedding_type", None) == "alibi" or getattr(text, "alibi", False), "ALiBi"),
-        (getattr(text, "model_type", "") == "gpt_oss", "learned attention sinks (gpt-oss)"),
+        (model.is_diffusion, "diffusion models"),
+        (_slides(model, text), "sliding-window or chunked attention"),
+        (model.uses_alibi, "ALiBi"),
+        (_has_sinks(text), "learned attention sinks"),
         (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
-        (config.kv_transfer_config is not None, "KV connectors (--kv-transfer-config)"),
+        (
+            config.kv_transfer_config is not None,
+            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size)",
+        ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallel (--pipeline-parallel-size)"),
         (parallel.data_parallel_size > 1, "data parallel (--data-parallel-size)"),
         (parallel.tensor_parallel_size > 1, "tensor parallel on this platform (--tensor-parallel-size)"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallel"),
-        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
-        (str(cache.cache_dtype).startswith(("fp8", "nvfp4", "int")), f"quantised KV cache ({cache.cache_dtype})"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallel (--decode-context-parallel-size)"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallel (--prefill-context-parallel-size)"),
+        (cache.cache_dtype not in _PLAIN_CACHES, f"quantised KV cache (--kv-cache-dtype {cache.cache_dtype})"),
         (config.use_v2_model_runner, "Model Runner V2 on this platform (VLLM_USE_V2_MODEL_RUNNER)"),
     ]
-    _raise([f"{what}: not supported with KV compression in this release" for bad, what in found if bad])
+    if names := [what for bad, what in found if bad]:
+        raise Unsupported(
+            f"not supported with KV compression in this release: {'; '.join(names)}. "
+            "Leave it out, choose another model, or use stock `vllm serve`."
+        )
 
 
 def _slides(model: Any, text: Any) -> bool:
-    kinds = getattr(text, "layer_types", None) or []
-    return model.get_sliding_window() is not None or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    """Whether some layer doesn't see the whole context. `--disable-sliding-window` leaves full attention."""
+    kinds = set() if model.disable_sliding_window else set(getattr(text, "layer_types", None) or ())
+    return (
+        model.get_sliding_window() is not None
+        or getattr(text, "attention_chunk_size", None) is not None
+        or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    )
 
 
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise Unsupported(
-            "Longreach can't serve this:\n  " + "\n  ".join(problems) + "\nChange it, or use stock `vllm serve`."
-        )
+def _has_sinks(text: Any) -> bool:
+    """Whether layers add a learned logit to the softmax, as in gpt-oss and some Granite models."""
+    if text.model_type in ("granite", "granitemoe"):  # what vLLM's models read: layer types imply sinks
+        return bool(getattr(text, "attention_sinks", getattr(text, "layer_types", None) is not None))
+    return text.model_type == "gpt_oss"

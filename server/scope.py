@@ -12,7 +12,7 @@ class RequestScope:
     """Set by the middleware before a handler runs, read and filled by the engine client under it.
 
     Attributes:
-        kv_cache: the checked policy of the request's body, or None: the server's default.
+        kv_cache: the checked policy of the request, or None: the server's default.
         usage: `usage.kv_cache` of each engine request that has finished.
     """
 
@@ -29,7 +29,7 @@ def merge_usage(usages: list[dict[str, Any]]) -> dict[str, Any]:
         return usages[0]
     kept = [usage["kept_tokens"] for usage in usages]
     merged = dict(usages[0])
-    for name in ("prompt_tokens", "bytes_held", "bytes_freed"):
+    for name in {"prompt_tokens", "bytes_held", "bytes_freed"} & set(merged):
         merged[name] = sum(usage[name] for usage in usages)
     merged["kept_tokens"] = {
         "mean": sum(part["mean"] for part in kept) / len(kept),

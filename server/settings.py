@@ -1,33 +1,66 @@
-"""Longreach's own settings: flags beside vLLM's, and what vLLM has to be told for them."""
+"""Longreach's own settings: flags beside vLLM's, and the server's default policy that they make."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from kvcache.registry import NONE, PolicyError, make_policy, policies, policy_words
+from kvcache.registry import NONE, PolicyError, policies
+from server.errors import StartError
+from server.platforms import Platform
+from server.policies import PolicyDesk
 
 _PREFIX = "kv_arg_"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--kv-policy` and one `--kv-ARGUMENT` for every argument that some policy takes."""
-    group = parser.add_argument_group("KV compression (Longreach)")
-    group.add_argument(
-        "--kv-policy",
-        default=NONE,
-        metavar="NAME",
-        help=f"Policy of requests that name none: {', '.join([NONE, *policies()])}. Default: none.",
+    group = parser.add_argument_group(
+        "KV compression (Longreach)", "The KV-cache policy of requests that name none; `longreach policies` says more."
     )
+    group.add_argument(
+        "--kv-policy", default=NONE, metavar="NAME", help=f"One of {', '.join([NONE, *policies()])}."
+    )  # fmt: skip
     for name, (text, takers) in _arguments().items():
         group.add_argument(
-            f"--kv-{name.replace('_', '-')}",
+            _flag(name),
             dest=_PREFIX + name,
-            default=None,
+            default=argparse.SUPPRESS,
             metavar="VALUE",
             help=f"{text} ({', '.join(takers)})".replace("%", "%%"),
         )
+
+
+def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
+    """The server's default policy from the flags, every argument spelled out.
+
+    Args:
+        args: parsed flags; `block_size` decides the smallest budget.
+        platform: where we run.
+
+    Raises:
+        StartError: a flag is wrong, or the policy can't run here; the message says what is allowed.
+    """
+    given = {key.removeprefix(_PREFIX): _value(value) for key, value in vars(args).items() if key.startswith(_PREFIX)}
+    if args.kv_policy == NONE and given:
+        raise StartError(
+            f"{_flags(given)} without a policy to take it: add --kv-policy NAME, one of {', '.join(policies())}."
+        )
+    if policy := policies().get(args.kv_policy):
+        known = policy.Args.model_fields
+        if foreign := [name for name in given if name not in known]:
+            raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
+    try:
+        return PolicyDesk({"policy": args.kv_policy, **given}, args.block_size or 1, platform.unavailable).default
+    except PolicyError as error:
+        raise StartError(in_flags(error)) from None
+
+
+def in_flags(error: PolicyError) -> str:
+    """A policy error in the words of the command line."""
+    return f"{_flag(error.field.removeprefix('kv_cache.'))}: {error.problem} Allowed: {error.allowed}."
 
 
 def _arguments() -> dict[str, tuple[str, list[str]]]:
@@ -39,22 +72,12 @@ def _arguments() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def default_policy(args: argparse.Namespace) -> dict[str, Any]:
-    """The server's default policy from the flags, every argument spelled out.
+def _flag(argument: str) -> str:
+    return "--kv-" + argument.replace("_", "-")
 
-    Raises:
-        SystemExit: a flag is wrong; the message says what is allowed.
-    """
-    given = {
-        key.removeprefix(_PREFIX): _value(value)
-        for key, value in vars(args).items()
-        if key.startswith(_PREFIX) and value is not None
-    }
-    try:
-        return policy_words(make_policy({"policy": args.kv_policy, **given}))
-    except PolicyError as error:
-        flag = "--" + error.field.replace("kv_cache.", "kv-").replace("_", "-")
-        raise SystemExit(f"longreach: {flag}: {error.problem} Allowed: {error.allowed}.") from None
+
+def _flags(arguments: Iterable[str]) -> str:
+    return ", ".join(_flag(argument) for argument in arguments)
 
 
 def _value(text: str) -> Any:

@@ -82,8 +82,9 @@ class CompressionRuntime:
         for row, request_id in enumerate(self._batch_request_ids(common)):
             first, last, length = starts[row], starts[row + 1], lengths[row]
             if table := self.compressor.table(request_id):
-                blocks = common.block_table_tensor[row, table.first_block : -(-length // page_size)]
-                table.append(blocks)
+                last_block = -(-length // page_size)
+                if last_block - table.first_block > table.num_appended:
+                    table.append(common.block_table_tensor[row, table.first_block : last_block])
                 split.compacted.append(CompactedRow(first, last - first, length, table))
                 continue
             split.dense_rows.append(row)

@@ -32,7 +32,9 @@ def main(requests: int | None) -> None:
             extra_args=extra if requests else None,
         )  # fmt: skip
         engine.add_request(f"r{i}", {"prompt_token_ids": random_prompt(PROMPT, i)}, params)
-    began, decoding, steps, tokens = time.perf_counter(), {}, [], {}
+    began = time.perf_counter()
+    decoding: dict[str, float] = {}
+    steps: list[float] = []
     while len(decoding) < fit or len(steps) < OUTPUT:
         before = time.perf_counter()
         outputs = engine.step()
@@ -41,7 +43,6 @@ def main(requests: int | None) -> None:
         for output in outputs:
             if output.outputs[0].token_ids:
                 decoding.setdefault(output.request_id, time.perf_counter() - began)
-            tokens[output.request_id] = len(output.outputs[0].token_ids)
         if not engine.has_unfinished_requests():
             break
     scheduler = engine.engine_core.engine_core.scheduler

@@ -124,11 +124,23 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             if compression and compression.plan and compression.policy:  # not aborted meanwhile
                 compression.report = report
                 self.compression_totals.add(compression.policy.name, compression.plan, report)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        # Stop strings are found by the API process: such a request is then aborted here and never sends a last
+        # output, so any of its outputs may be the one that ends the answer.
+        for part in outputs.values():
+            for output in part.outputs:
+                request = self.requests.get(output.request_id)
+                if request and request.sampling_params and request.sampling_params.stop:
+                    output.kv_transfer_params = self._told(request)
+        return outputs
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """The one road from here into a request's final output: vLLM's dictionary for KV connectors."""
         delay, params = super()._connector_finished(request)
+        return delay, {**(params or {}), **self._told(request)}
+
+    def _told(self, request: Request) -> dict[str, Any]:
+        """What a client may know about a request and the server, by the name that `server.engine` looks for."""
         compression = self.compressions[request.request_id]
         usage = kv_cache_usage(
             policy_words(compression.policy),
@@ -138,7 +150,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             self.block_bytes,
             self.kv_blocks.block_size,
         )
-        return delay, {**(params or {}), EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
+        return {EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -1,0 +1,122 @@
+"""The command line of `longreach serve`: vLLM's flags and ours, from argv and a config file."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from server.errors import StartError, one_line
+from server.platforms import NO_DEVICE, Platform, stand_in
+from server.settings import add_flags
+
+EMBEDDED_CACHE_BYTES = 1 << 30
+"""KV cache of the embedded model: 46 000 tokens, five prompts of its full length."""
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, with a proposal for a flag that doesn't exist."""
+
+    def error(self, message: str) -> None:
+        unknown, found, rest = message.partition("unrecognized arguments: ")
+        if found and not unknown:
+            flag = rest.split()[0].partition("=")[0].replace("_", "-")
+            if near := difflib.get_close_matches(flag, self._option_string_actions, n=1):
+                message += f" (did you mean {near[0]}?)"
+        super().error(message)
+
+
+def make_parser(platform: Platform) -> FlexibleArgumentParser:
+    """vLLM's `serve` parser with our flags and defaults: local host, and eager mode on CPUs."""
+    if platform.name == NO_DEVICE:
+        stand_in()
+    # Not a subcommand "serve": for one of that name vLLM's parser insists on a model before it reads the rest.
+    parser = _Parser(
+        prog="longreach serve",
+        usage="longreach serve [MODEL] [flags]",
+        description=f"vLLM's OpenAI server with KV-cache compression. Serves {EMBEDDED_MODEL_NAME} when no model is "
+        "named.",
+        epilog="All flags: --help=all    A group: --help=ModelConfig    A flag: --help=kv-budget",
+    )
+    make_arg_parser(parser)
+    add_flags(parser)
+    eager = {"enforce_eager": True} if platform.name == "cpu" else {}
+    parser.set_defaults(model=None, host="127.0.0.1", **eager)
+    return parser
+
+
+def parse(argv: list[str], platform: Platform) -> Namespace:
+    """Read the command line and its config file; `model` is None when neither names one.
+
+    Raises:
+        StartError: the config file can't be read, or flags contradict each other.
+        SystemExit: an unknown flag or a value of the wrong type, by argparse; and after `--help`.
+    """
+    argv = _split_config(argv)
+    _check_config(argv)
+    args: Namespace = make_parser(platform).parse_args(argv)
+    args.model = args.model_tag or args.model
+    args.subparser = "serve"  # some of vLLM's checks ask for it
+    try:
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise StartError(one_line(error)) from error
+    return args
+
+
+def resolve_model(args: Namespace) -> None:
+    """Put the embedded model where none is named, with its name and a small KV cache; unpacks it the first time.
+
+    Raises:
+        StartError: the model is a folder that doesn't exist or holds none.
+        EmbeddedModelError: the embedded model can't be provided.
+    """
+    if args.model is None:
+        args.model = str(ensure_embedded_model())
+        args.served_model_name = args.served_model_name or [EMBEDDED_MODEL_NAME]
+        sized: list[Any] = [args.kv_cache_memory_bytes, args.num_gpu_blocks_override]
+        if sized == [None, None] and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
+            args.kv_cache_memory_bytes = EMBEDDED_CACHE_BYTES
+        return
+    folder = Path(args.model)
+    if args.model.startswith(("/", "./", "../", "~")) and not folder.exists():
+        raise StartError(f"{args.model} doesn't exist: name a folder with a model, or a repository (OWNER/NAME)")
+    if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "params.json")):
+        raise StartError(f"{args.model} holds no model: there is no config.json in it")
+
+
+def _split_config(argv: list[str]) -> list[str]:
+    """`--config=FILE` in two words: vLLM's parser would take it in and never read the file."""
+    words = []
+    for word in argv:
+        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
+    return words
+
+
+def _check_config(argv: list[str]) -> None:
+    """Look at the config file before vLLM's parser does, which fails with a traceback.
+
+    Raises:
+        StartError: not one readable YAML file with settings.
+    """
+    places = [index for index, word in enumerate(argv) if word == "--config"]
+    if not places:
+        return
+    if len(places) > 1 or places[0] == len(argv) - 1:
+        raise StartError("--config takes one file and may be given once")
+    file = Path(argv[places[0] + 1])
+    if file.suffix not in (".yaml", ".yml"):
+        raise StartError(f"--config {file}: the name must end in .yaml or .yml")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StartError(f"--config {file}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise StartError(f"--config {file}: must hold one setting a line, such as `kv-policy: snapkv`")

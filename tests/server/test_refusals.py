@@ -1,0 +1,186 @@
+"""Refusals against vLLM's own configurations, made from tiny `config.json` files without loading a model."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.errors import StartError
+from server.refusals import Unsupported, refuse_args, refuse_config
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 256, "max_position_embeddings": 512, "dtype": "bfloat16",
+}  # fmt: skip
+LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MISTRAL = {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128}
+GRANITE = {
+    **TINY, "model_type": "granite", "architectures": ["GraniteForCausalLM"], "layer_types": ["full_attention"] * 2,
+}  # fmt: skip
+GEMMA = {
+    **TINY, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 128, "head_dim": 32,
+}  # fmt: skip
+Configure = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configure]:
+    """Make vLLM's configuration for a model's `config.json` and engine arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM asks each model class for its features in a process of its own (10 s each).
+        patch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
+
+        def run(content: dict[str, Any], **engine_args: Any) -> Any:
+            folder = tmp_path_factory.mktemp("model")
+            (folder / "config.json").write_text(json.dumps(content))
+            return AsyncEngineArgs(
+                model=str(folder), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, block_size=32,
+                **engine_args,
+            ).create_engine_config()  # fmt: skip
+
+        yield run
+
+
+def refused(config: Any) -> str:
+    with pytest.raises(Unsupported) as caught:
+        refuse_config(config)
+    message = str(caught.value)
+    assert "\n" not in message and "vllm serve" in message
+    return message.split(": ", 1)[1].rsplit(". Leave", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "engine_args"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"kv_cache_dtype": "bfloat16"}),
+        ({**TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 128,
+          "use_sliding_window": False}, {}),
+        (MISTRAL, {"disable_sliding_window": True}),
+        (GEMMA, {"disable_sliding_window": True}),
+        ({**MISTRAL, "sliding_window": None}, {}),
+        ({**GRANITE, "attention_sinks": False}, {}),
+    ],
+    ids=["llama", "bfloat16-cache", "qwen2", "mistral-no-window", "gemma-no-window", "mistral-v0.3", "granite"],
+)  # fmt: skip
+def test_full_attention_decoders_are_served(configure: Configure, content: Any, engine_args: Any) -> None:
+    refuse_config(configure(content, **engine_args))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (MISTRAL, "sliding-window or chunked attention"),
+        (GEMMA, "sliding-window or chunked attention"),
+        ({**TINY, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 128,
+          "num_local_experts": 2, "head_dim": 32}, "sliding-window or chunked attention"),
+        ({**TINY, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4,
+          "sliding_window": 128, "head_dim": 32}, "sliding-window or chunked attention; learned attention sinks"),
+        (GRANITE, "learned attention sinks"),
+        ({**TINY, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 32,
+          "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
+          "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+          "num_key_value_heads": 2}, "multi-head latent attention (MLA)"),
+        ({"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": 64, "n_head": 2, "n_layer": 2,
+          "vocab_size": 256}, "ALiBi"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+          "vocab_size": 256, "state_size": 16, "intermediate_size": 128, "time_step_rank": 4, "conv_kernel": 4},
+         "hybrid and attention-free models"),
+        ({**TINY, "model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"], "mamba_d_ssm": 64,
+          "mamba_n_heads": 2, "mamba_d_head": 32}, "hybrid and attention-free models"),
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 64,
+          "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+          "vocab_size": 256, "max_target_positions": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+          "decoder_start_token_id": 1}, "encoder-decoder models; multi-modal models"),
+    ],
+    ids=["mistral", "gemma2", "llama4", "gpt-oss", "granite", "deepseek", "bloom", "mamba", "falcon-h1", "whisper"],
+)  # fmt: skip
+def test_models_are_refused_by_name(configure: Configure, content: Any, what: str) -> None:
+    assert refused(configure(content)) == what
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "what"),
+    [
+        ({"runner": "pooling"}, "models that don't generate text (runner pooling)"),
+        ({"kv_cache_dtype": "fp8"}, "quantised KV cache (--kv-cache-dtype fp8)"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "quantised KV cache (--kv-cache-dtype fp8_e4m3)"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+         "speculative decoding (--speculative-config)"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+         "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size)"),
+        ({"kv_offloading_size": 1.0}, "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size)"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallel (--pipeline-parallel-size)"),
+        ({"tensor_parallel_size": 2}, "tensor parallel on this platform (--tensor-parallel-size)"),
+        ({"data_parallel_size": 2}, "data parallel (--data-parallel-size)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_features_are_refused_by_flag(configure: Configure, engine_args: Any, what: str) -> None:
+    assert refused(configure(LLAMA, **engine_args)) == what
+
+
+def test_the_second_model_runner_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(LLAMA)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "VLLM_USE_V2_MODEL_RUNNER" in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "attribute", "value", "what"),
+    [
+        ("parallel_config", "decode_context_parallel_size", 2, "decode context parallel"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallel"),
+        ("cache_config", "cache_dtype", "turboquant_k8v4", "quantised KV cache (--kv-cache-dtype turboquant_k8v4)"),
+    ],
+)
+def test_what_vllm_refuses_on_cpus_itself(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, part: str, attribute: str, value: Any, what: str
+) -> None:
+    """Such configurations can't be made here; the attribute has to be vLLM's all the same."""
+    config = configure(LLAMA)
+    monkeypatch.setattr(getattr(config, part), attribute, value, raising=True)
+    assert what in refused(config)
+
+
+def test_everything_wrong_is_named_at_once(configure: Configure) -> None:
+    message = refused(configure(MISTRAL, pipeline_parallel_size=2))
+    assert message == "sliding-window or chunked attention; pipeline parallel (--pipeline-parallel-size)"
+    assert issubclass(Unsupported, StartError)
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "always"),
+    [
+        (("--headless",), "--headless", True),
+        (("--grpc",), "--grpc", True),
+        (("--api-server-count", "2"), "--api-server-count above 1", True),
+        (("--scheduler-cls", "my.Scheduler"), "--scheduler-cls", False),
+        (("--worker-cls", "my.Worker"), "--worker-cls", False),
+    ],
+)
+def test_flags_are_refused(parse: Callable[..., Namespace], argv: tuple[str, ...], flag: str, always: bool) -> None:
+    args = parse("m", *argv)
+    with pytest.raises(Unsupported, match=f"^{flag}: not supported"):
+        refuse_args(args, compresses=True)
+    if always:
+        with pytest.raises(Unsupported, match=flag):
+            refuse_args(args, compresses=False)
+    else:
+        refuse_args(args, compresses=False)
+
+
+def test_usual_flags_are_not_refused(parse: Callable[..., Namespace], tmp_path: Path) -> None:
+    args = parse("m", "--api-server-count", "1", "--max-model-len", "4096", "--uds", str(tmp_path / "s"))
+    refuse_args(args, compresses=True)
+    args.data_parallel_multi_port_external_lb = True
+    with pytest.raises(Unsupported, match="--data-parallel-multi-port-external-lb"):
+        refuse_args(args, compresses=False)

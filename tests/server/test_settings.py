@@ -1,0 +1,130 @@
+"""`--kv-...` flags: from words on the command line to the server's default policy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.registry import policies
+from server import settings
+from server.errors import StartError
+from server.platforms import Platform
+from server.settings import add_flags, default_policy
+
+CPU = Platform("cpu", None)
+BLOCK = 32
+
+
+def chosen(*argv: str, platform: Platform = CPU) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return default_policy(argparse.Namespace(block_size=BLOCK, **vars(parser.parse_args(argv))), platform)
+
+
+def test_no_flag_means_no_compression() -> None:
+    assert chosen() == {"policy": "none"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--kv-policy", "streamingllm"), {"policy": "streamingllm", "budget": 1024, "sinks": 4}),
+        (("--kv-policy=streamingllm", "--kv-budget=25%"), {"policy": "streamingllm", "budget": "25%", "sinks": 4}),
+        (("--kv-policy=random", "--kv-budget=512", "--kv-seed=3"),
+         {"policy": "random", "budget": 512, "sinks": 4, "recent": 32, "seed": 3}),
+        (("--kv-policy", "snapkv", "--kv-pooling", "avg", "--kv-group-reduce", "max"),
+         {"pooling": "avg", "group_reduce": "max"}),
+    ],
+)  # fmt: skip
+def test_flags_become_words(argv: tuple[str, ...], words: dict[str, Any]) -> None:
+    assert words.items() <= chosen(*argv).items()
+
+
+def test_every_argument_of_every_policy_has_a_flag() -> None:
+    for policy in policies().values():
+        given = [
+            text
+            for name, value in policy(policy.Args.model_validate({})).args.model_dump(mode="json").items()
+            for text in (f"--kv-{name.replace('_', '-')}", str(value))
+        ]
+        assert chosen("--kv-policy", policy.name, *given) == chosen("--kv-policy", policy.name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--kv-budget", "25%"), ("--kv-budget without a policy", "--kv-policy NAME", "snapkv")),
+        (("--kv-policy", "none", "--kv-sinks", "3"), ("--kv-sinks without a policy",)),
+        (("--kv-policy", "streamingllm", "--kv-window", "8", "--kv-seed", "1"),
+         ("--kv-window, --kv-seed: the policy streamingllm takes --kv-budget, --kv-sinks.",)),
+        (("--kv-policy", "snap"), ("--kv-policy: unknown policy 'snap'", "snapkv")),
+        (("--kv-policy", "snapkv", "--kv-budget", "0"), ("--kv-budget", "'25%'")),
+        (("--kv-policy", "snapkv", "--kv-budget", "1.5"), ("--kv-budget", "got 1.5")),
+        (("--kv-policy", "snapkv", "--kv-sinks", "-1"), ("--kv-sinks", ">= 0")),
+        (("--kv-policy", "snapkv", "--kv-group-stage", "later"), ("--kv-group-stage", "'probabilities'")),
+        (("--kv-policy", "streamingllm", "--kv-budget", "99"), ("--kv-budget: 99 is too small", ">= 100")),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_named_with_what_is_allowed(argv: tuple[str, ...], words: tuple[str, ...]) -> None:
+    with pytest.raises(StartError) as caught:
+        chosen(*argv)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "kv_cache" not in message and "\n" not in message
+
+
+def test_the_smallest_budget_depends_on_the_page_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.server.test_settings.BLOCK", 16)
+    assert chosen("--kv-policy", "streamingllm", "--kv-budget", "52")["budget"] == 52
+    monkeypatch.setattr("tests.server.test_settings.BLOCK", None)  # vLLM decides later
+    assert chosen("--kv-policy", "streamingllm", "--kv-budget", "7")["budget"] == 7
+
+
+def test_where_policies_cannot_run_only_none_is_taken() -> None:
+    cuda = Platform("cuda", "no adapter yet")
+    assert chosen(platform=cuda) == {"policy": "none"}
+    with pytest.raises(StartError, match=r"--kv-policy: snapkv is not available: no adapter yet"):
+        chosen("--kv-policy", "snapkv", platform=cuda)
+
+
+class Loud(Policy):
+    """A third party's policy with an argument of a new kind."""
+
+    name = "loud"
+    title = "Loud"
+    paper = "none"
+
+    class Args(PolicyArgs):
+        sinks: int = Field(1, description="100% of them.")
+        loud_ness: bool = Field(False, description="How loud.")
+
+    def scores(self, evidence: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_an_installed_policy_brings_its_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everyone = {**policies(), "loud": Loud}
+    monkeypatch.setattr(settings, "policies", lambda: everyone)
+    monkeypatch.setattr("kvcache.registry.policies", lambda: everyone)
+    assert chosen("--kv-policy", "loud", "--kv-loud-ness", "true")["loud_ness"] is True
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    help_text = " ".join(parser.format_help().split())
+    assert "--kv-loud-ness VALUE How loud. (loud)" in help_text
+    assert "random, loud" in help_text  # among the takers of --kv-sinks, and the names of --kv-policy
+
+
+def test_values_of_a_config_file_are_taken(parse: Callable[..., argparse.Namespace], tmp_path: Any) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("kv-policy: snapkv\nkv_budget: 25%\nkv-window: 16\nport: 8011\n")
+    args = parse("--config", str(file), "--kv-window", "8")
+    args.block_size = BLOCK
+    assert default_policy(args, CPU).items() >= {"policy": "snapkv", "budget": "25%", "window": 8}.items()
+    assert (args.port, args.model) == (8011, None)
