@@ -111,13 +111,14 @@ def test_tool_calls_work_over_a_compressed_prompt(client: OpenAI) -> None:
         "type": "function",
         "function": {
             "name": "open_door",
+            "strict": True,
             "parameters": {"type": "object", "properties": {"key": {"type": "integer"}}, "required": ["key"]},
         },
     }
     answer = ask(
         client,
         {"policy": "snapkv", "budget": 512},
-        max_tokens=40,
+        max_tokens=80,
         tools=[tool],
         tool_choice={"type": "function", "function": {"name": "open_door"}},
     )
@@ -200,3 +201,13 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, client: OpenAI) -
     assert server.metric("vllm:kv_cache_usage_perc") > 0
     stream.close()
     server.wait_until_empty()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_end_by_a_stop_string_have_usage(client: OpenAI, stream: bool) -> None:
+    """vLLM finds stop strings outside the engine, which then never sends a last output."""
+    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = ask(client, {"policy": "snapkv", "budget": 400}, stop=["48"], **more)
+    last = list(answer)[-1] if stream else answer
+    assert usage_of(last)["bytes_freed"] > 0
+    assert last.usage.completion_tokens < TOKENS
