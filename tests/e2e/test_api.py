@@ -206,7 +206,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, client: OpenAI) -
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_that_end_by_a_stop_string_have_usage(client: OpenAI, stream: bool) -> None:
     """vLLM finds stop strings outside the engine, which then never sends a last output."""
-    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     answer = ask(client, {"policy": "snapkv", "budget": 400}, stop=["48"], **more)
     last = list(answer)[-1] if stream else answer
     assert usage_of(last)["bytes_freed"] > 0
