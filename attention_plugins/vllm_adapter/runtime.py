@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -106,36 +106,3 @@ def set_runtime(vllm_config: VllmConfig, runtime: CompressionRuntime | None) -> 
 
 def runtime_for(vllm_config: VllmConfig) -> CompressionRuntime | None:
     return _runtimes.get(id(vllm_config))
-
-
-def record(captures: list[Capture], layer: int, query: torch.Tensor) -> None:
-    """Keep the captured queries of one layer; query [num_tokens, num_heads, head_dim]."""
-    for capture in captures:
-        capture.window.record(layer, capture.position, query[capture.first : capture.last])
-
-
-def rows_of(common: CommonAttentionMetadata, rows: list[int]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The part of a batch's metadata that concerns these rows, and their tokens: int64, on the batch's device."""
-    device = common.seq_lens.device
-    starts = common.query_start_loc_cpu.tolist()
-    tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    query_lens = [starts[row + 1] - starts[row] for row in rows]
-    query_start = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(query_lens), 0, out=query_start[1:])
-    at, token_rows = torch.tensor(rows, device=device), tokens.to(device)
-    bounds = common.seq_lens_cpu_upper_bound
-    max_seq_len = common.max_seq_len if bounds is None else int(bounds[rows].max())
-    part = replace(
-        common,
-        query_start_loc=query_start.to(device),
-        query_start_loc_cpu=query_start,
-        seq_lens=common.seq_lens[at],
-        seq_lens_cpu_upper_bound=None if bounds is None else bounds[rows],
-        num_reqs=len(rows),
-        num_actual_tokens=len(tokens),
-        max_query_len=max(query_lens),
-        max_seq_len=max_seq_len,
-        block_table_tensor=common.block_table_tensor[at],
-        slot_mapping=common.slot_mapping[token_rows],
-    )
-    return part, token_rows

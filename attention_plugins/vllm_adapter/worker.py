@@ -1,12 +1,82 @@
-"""What our workers have in common: the compressor over the engine's KV cache, and the reports' way back."""
+"""What our workers have in common, in front of vLLM's worker of a platform."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.worker.worker_base import WorkerBase
+
+from attention_plugins.vllm_adapter.pages import flat_pages
+from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
+from kvcache.compressor import CompactionReport, Compressor
+from kvcache.pages import PageCodec, PageGeometry
+from kvcache.vllm_adapter.orders import attach_reports
+
+
+class ReportingOutput(AsyncModelRunnerOutput):
+    """An output still on its way from the GPU, with reports for the scheduler."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, reports: list[CompactionReport]) -> None:
+        self._output, self._reports = output, reports
+
+    def get_output(self) -> Any:
+        output = self._output.get_output()
+        attach_reports(output, self._reports)
+        return output
+
+
+class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Compacts between steps, never inside the forward pass. A platform says how pages and batches look."""
+
+    runtime: CompressionRuntime
+
+    def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
+        """How the platform's kernel lays out a page."""
+        raise NotImplementedError
+
+    def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
+        """The requests of a batch's rows, in order."""
+        raise NotImplementedError
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_from_config(*args, **kwargs)
+        layers = attention_layers(self.vllm_config)
+        pages, geometry = flat_pages([layer.kv_cache for layer in layers])
+        for layer in layers:
+            layer.impl.pages, layer.impl.page_size = pages, geometry.page_size
+        compressor = Compressor(
+            geometry,
+            self.page_codec(geometry, pages.dtype, layers[0]),
+            pages,
+            num_heads=layers[0].impl.num_heads,
+            scale=layers[0].impl.scale,
+            keep_positions=_keeps_positions(self.vllm_config),
+        )
+        self.runtime = CompressionRuntime(compressor, self.request_ids)
+        set_runtime(self.vllm_config, self.runtime)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self.runtime.begin_step(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            self.runtime.end_step()
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        reports = self.runtime.take_reports()
+        if not reports:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return ReportingOutput(output, reports)
+        attach_reports(output, reports)
+        return output
 
 
 def attention_layers(config: VllmConfig) -> list[Any]:
@@ -22,12 +92,6 @@ def attention_layers(config: VllmConfig) -> list[Any]:
     return [by_index[index] for index in range(len(by_index))]
 
 
-def keeps_positions(config: VllmConfig) -> bool:
+def _keeps_positions(config: VllmConfig) -> bool:
     """Whether tests asked the compressor to remember kept positions (`additional_config`)."""
     return bool((config.additional_config or {}).get("longreach", {}).get("keep_positions"))
-
-
-def set_pages(layers: list[Any], pages: torch.Tensor, page_size: int) -> None:
-    """Let the attention layers read pages of the whole cache."""
-    for layer in layers:
-        layer.impl.pages, layer.impl.page_size = pages, page_size

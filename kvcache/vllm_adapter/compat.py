@@ -34,7 +34,11 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # server.engine overrides or calls these
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
+    # server.arguments builds vLLM's parser
+    ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
+    ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
 )
 PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # attention_plugins.vllm_adapter.cpu_backend and cpu_worker
