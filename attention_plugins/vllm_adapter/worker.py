@@ -47,6 +47,8 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
         layers = attention_layers(self.vllm_config)
+        for layer in layers:
+            _refuse_variants(layer)
         pages, geometry = flat_pages([layer.kv_cache for layer in layers])
         for layer in layers:
             layer.impl.pages, layer.impl.page_size = pages, geometry.page_size
@@ -90,6 +92,23 @@ def attention_layers(config: VllmConfig) -> list[Any]:
     if sorted(by_index) != list(range(len(context))):
         raise ValueError(f"KV compression expects one attention layer per decoder layer; got {list(context)}")
     return [by_index[index] for index in range(len(by_index))]
+
+
+def _refuse_variants(layer: Any) -> None:
+    """Refuse what the check of the configuration can't foresee for every model.
+
+    Raises:
+        ValueError: the layer's attention has a part that compacted rows would leave out.
+    """
+    impl = layer.impl
+    found = [
+        (getattr(impl, "sinks", None) is not None, "learned attention sinks"),
+        (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
+        (getattr(impl, "kv_sharing_target_layer_name", None) is not None, "KV cache shared between layers"),
+        (impl.sliding_window not in (-1, (-1, -1)), "a sliding window"),
+    ]
+    if names := [name for bad, name in found if bad]:
+        raise ValueError(f"{layer.layer_name} has {', '.join(names)}: not supported with KV compression")
 
 
 def _keeps_positions(config: VllmConfig) -> bool:
