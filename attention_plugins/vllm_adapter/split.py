@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +100,9 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         places = metadata.compacted.token_heads
         output.view(group)[places] = self.compacted(query.reshape(group)[places], metadata, layer)
 
+    @abstractmethod
     def compacted(self, queries: torch.Tensor, metadata: SplitMetadata, layer: int) -> torch.Tensor:
         """Attention of the compacted rows: [sequences' tokens, group, head_dim] in and out."""
-        raise NotImplementedError
 
 
 def _record(captures: list[Capture], layer: int, query: torch.Tensor) -> None:

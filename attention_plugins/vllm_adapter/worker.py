@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,13 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
 
     runtime: CompressionRuntime
 
+    @abstractmethod
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         """How the platform's kernel lays out a page."""
-        raise NotImplementedError
 
+    @abstractmethod
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The requests of a batch's rows, in order."""
-        raise NotImplementedError
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
