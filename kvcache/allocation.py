@@ -42,14 +42,15 @@ def apportion(weights: torch.Tensor, total: int, low: int, high: int) -> torch.T
 
 def _water_fill(weights: torch.Tensor, total: float, low: float, high: float) -> torch.Tensor:
     """Real shares in [low, high] that sum to `total`, proportional to `weights` wherever no bound holds."""
-    if float(weights.sum()) <= 0:
-        weights = torch.ones_like(weights)
-    # scale -> sum(clamp(scale * weights)) grows monotonically, so bisection finds the scale.
-    weights = weights.clamp(min=float(weights.max()) * 1e-9)
-    bottom, top = 0.0, max(high, 1.0) / float(weights.min())
-    for _ in range(200):
-        middle = (bottom + top) / 2
-        if float((weights * middle).clamp(low, high).sum()) < total:
+    if float(weights.sum()) <= 0 or bool((weights == weights[0]).all()):
+        return torch.full_like(weights, total / weights.numel())
+    # scale -> sum(clamp(scale * weights)) grows monotonically, so bisection finds the scale. Plain numbers: a torch
+    # call for each step would take longer than the copying of a compaction.
+    weights = weights.clamp(min=max(float(weights.max()) * 1e-9, 1e-300))
+    values = weights.tolist()
+    bottom, top = 0.0, max(high, 1.0) / min(values)
+    while bottom < (middle := (bottom + top) / 2) < top:
+        if sum(min(max(value * middle, low), high) for value in values) < total:
             bottom = middle
         else:
             top = middle

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from kvcache.allocation import apportion
-from kvcache.evidence import LayerEvidence, QueryWindow
-from kvcache.pages import PageCodec, PageGeometry, PageTable, TableStore
+from kvcache.evidence import PagedEvidence, QuantScales, QueryWindow
+from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
 from kvcache.selection import force, keep_top
+from kvcache.stopwatch import Stopwatch
+from kvcache.tables import PageTables, to_device
+
+# Bounds the memory of selection and copy: scores looked at together, about 40 bytes each at most.
+_MAX_SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,35 @@ class CompactionReport:
     seconds: float
 
 
+class PendingReport:
+    """A compaction whose work may still be running on a GPU."""
+
+    def __init__(self, request_id: str, layer_tokens: list[float], nan_scores: torch.Tensor, watch: Stopwatch) -> None:
+        self._request_id, self._layer_tokens, self._watch = request_id, layer_tokens, watch
+        # Copied now, in order with the work itself: reading it later would wait for all that is queued by then.
+        self._nan_scores = torch.empty_like(nan_scores, device="cpu", pin_memory=nan_scores.is_cuda)
+        self._nan_scores.copy_(nan_scores, non_blocking=True)
+        watch.stop()
+
+    def finish(self) -> CompactionReport:
+        """Wait for the work and tell what it did."""
+        seconds = self._watch.seconds()
+        return CompactionReport(self._request_id, self._layer_tokens, int(self._nan_scores), seconds)
+
+
 @dataclass
 class _Request:
     policy: Policy
     plan: RetentionPlan
     window: QueryWindow | None
-    table: PageTable | None = None
+    slot: int | None = None
     kept: list[list[torch.Tensor]] = field(default_factory=list)
 
 
 class Compressor:
     """Holds what a worker knows of each request that has a policy.
 
-    `start` -> `record` for each chunk and layer while the prompt runs -> `compact` between two steps -> `table` for
+    `start` -> `record` for each chunk and layer while the prompt runs -> `compact` between two steps -> `slot` for
     every later step -> `finish`. `start` on a known request forgets what was known: that is preemption.
     """
 
@@ -69,9 +90,10 @@ class Compressor:
         geometry: PageGeometry,
         codec: PageCodec,
         pages: torch.Tensor,
+        tables: PageTables,
         *,
-        num_heads: int,
         scale: float,
+        quant: Sequence[QuantScales] = (),
         keep_positions: bool = False,
     ) -> None:
         """
@@ -79,14 +101,15 @@ class Compressor:
             geometry: how pages are numbered.
             codec: how a page is laid out.
             pages: the whole KV cache, [num_pages, 2 * page_size * head_dim]; compaction writes into it.
-            num_heads: query heads of a layer.
+            tables: where page tables are kept.
             scale: softmax scale.
+            quant: by layer, what queries, keys and values are multiplied with; left out where they aren't quantised.
             keep_positions: remember kept positions per request (`kept_positions`), for tests and `explain`.
         """
-        self.geometry, self.codec, self.pages = geometry, codec, pages
-        self.num_heads, self.scale, self.keep_positions = num_heads, scale, keep_positions
+        self.geometry, self.codec, self.pages, self.tables = geometry, codec, pages, tables
+        self.scale, self.keep_positions = scale, keep_positions
+        self.quant = quant or [QuantScales()] * geometry.num_layers
         self.requests: dict[str, _Request] = {}
-        self.tables = TableStore(geometry, pages.device)
 
     def start(self, order: Start) -> None:
         policy = make_policy(order.policy)
@@ -94,81 +117,118 @@ class Compressor:
             raise ValueError(f"request {order.request_id} has no policy to start")
         window = None
         if policy.query_window:
-            g = self.geometry
-            window = QueryWindow(
-                g.num_layers,
-                policy.query_window,
-                self.num_heads,
-                g.head_dim,
-                order.plan.prompt_len,
-                dtype=self.pages.dtype,
-                device=self.pages.device,
-            )
+            window = QueryWindow(self.geometry.num_layers, policy.query_window, order.plan.prompt_len)
         self.finish(order.request_id)
         self.requests[order.request_id] = _Request(policy, order.plan, window)
 
     def finish(self, request_id: str) -> None:
         """Forget a request; an unknown one is no error."""
         request = self.requests.pop(request_id, None)
-        if request and request.table:
-            request.table.release()
+        if request and request.slot is not None:
+            self.tables.release(request.slot)
 
     def window(self, request_id: str) -> QueryWindow | None:
         """The window that still has to be filled, or None when the request's queries aren't needed (any more)."""
         request = self.requests.get(request_id)
         return request.window if request else None
 
-    def table(self, request_id: str) -> PageTable | None:
-        """The page table, once the request has been compacted."""
+    def slot(self, request_id: str) -> int | None:
+        """The page table's slot, once the request has been compacted."""
         request = self.requests.get(request_id)
-        return request.table if request else None
+        return request.slot if request else None
 
     def kept_positions(self, request_id: str) -> list[list[torch.Tensor]]:
         """Kept prompt positions below the tail, ascending, by layer and KV head (only with `keep_positions`)."""
         return self.requests[request_id].kept
 
-    def compact(self, order: Compact) -> CompactionReport:
-        """Score, allocate, select and copy, all layers at once; the source blocks are only read.
+    def compact(self, order: Compact) -> PendingReport:
+        """Score, allocate, select and copy, all layers; the source blocks are only read. Doesn't wait for the GPU.
 
         Raises:
             RuntimeError: when queries of the window are missing or the orders don't fit the plan: a bug, never a
                 request's fault.
         """
-        if self.pages.is_cuda:  # selection waits for the GPU in any case; this way only compaction is timed
-            torch.cuda.current_stream().synchronize()
-        began = time.perf_counter()
+        watch = Stopwatch(self.pages.device)
         request, g = self.requests[order.request_id], self.geometry
         plan, policy = request.plan, request.policy
+        if request.slot is not None:
+            raise RuntimeError(f"request {order.request_id} is compacted already")
         if request.window is not None and request.window.missing:
             raise RuntimeError(f"{request.window.missing} window queries of request {order.request_id} were not seen")
         prompt_blocks = plan.full_pages + (plan.tail > 0)
         if len(order.source_blocks) != prompt_blocks or len(order.target_blocks) != plan.kept_pages:
             raise RuntimeError(f"the blocks of request {order.request_id} don't fit its plan {plan}")
-        source = torch.tensor(order.source_blocks, device=self.pages.device)
-        target = torch.tensor(order.target_blocks, device=self.pages.device)
+        blocks = to_device(torch.tensor(order.source_blocks + order.target_blocks), self.pages.device)
+        source, target = blocks[:prompt_blocks], blocks[prompt_blocks:]
 
+        scores = self._scores(request, source)
+        nan_scores = scores.isnan().sum()
         counts = self._page_counts(policy, plan)
-        table = PageTable(g, counts, g.pool_of(target), plan.full_pages, self.tables)
-        below_tail = plan.full_pages * plan.page_size
-        nan_scores = torch.zeros((), dtype=torch.int64, device=self.pages.device)
-        request.kept = []
-        for layer in range(g.num_layers):
-            keys, values = self._read(layer, source)
-            queries = request.window.queries[layer] if request.window else None
-            prompt_keys, prompt_values = keys[:, : plan.prompt_len], values[:, : plan.prompt_len]
-            scores = policy.scores(LayerEvidence(layer, prompt_keys, prompt_values, queries, self.scale))
-            nan_scores += scores.isnan().sum()
-            scores = force(scores, policy.args.sinks, policy.recent)[:, :below_tail]
-            kept = keep_top(scores, (counts[layer] * plan.page_size).tolist())
-            heads = torch.arange(g.num_kv_heads).repeat_interleave(counts[layer] * plan.page_size).to(target.device)
-            positions, shape = torch.cat(kept), (-1, plan.page_size, g.head_dim)
-            packed = self.codec.pack(keys[heads, positions].view(shape), values[heads, positions].view(shape))
-            self.pages[table.compacted(layer)] = packed
+        slot = self.tables.take(counts, target, plan.full_pages)
+        together = max(1, _MAX_SCORES // scores[0].numel())
+        for layers in torch.arange(g.num_layers).split(together):
+            first, last = int(layers[0]), int(layers[-1]) + 1
+            part = force(scores[first:last], policy.args.sinks, max(0, policy.recent - plan.tail))
+            part_counts = (counts[first:last] * plan.page_size).flatten()
+            positions = keep_top(part.flatten(0, 1), part_counts)
+            self._copy(slot, first, counts, part_counts, positions, source)
             if self.keep_positions:
-                request.kept.append(kept)
-        request.table, request.window = table, None
+                rows = [row[:count] for row, count in zip(positions, part_counts.tolist(), strict=True)]
+                request.kept += [rows[i : i + g.num_kv_heads] for i in range(0, len(rows), g.num_kv_heads)]
+        request.slot, request.window = slot, None
         tokens = (counts.double().mean(1) * plan.page_size + plan.tail).tolist()
-        return CompactionReport(order.request_id, tokens, int(nan_scores), time.perf_counter() - began)
+        return PendingReport(order.request_id, tokens, nan_scores, watch)
+
+    def _scores(self, request: _Request, source: torch.Tensor) -> torch.Tensor:
+        """What the policy says of each token below the tail: float32 [num_layers, num_kv_heads, n]."""
+        g, plan = self.geometry, request.plan
+        request.kept = []
+        below_tail = plan.full_pages * plan.page_size
+        scores = torch.empty(g.num_layers, g.num_kv_heads, below_tail, device=self.pages.device)
+        for layer in range(g.num_layers):
+            evidence = PagedEvidence(
+                layer,
+                self.pages,
+                source,
+                g,
+                self.codec,
+                prompt_len=plan.prompt_len,
+                raw_queries=request.window.queries[layer] if request.window else None,
+                scale=self.scale,
+                quant=self.quant[layer],
+            )
+            scores[layer] = request.policy.scores(evidence)[:, :below_tail]
+        return scores
+
+    def _copy(
+        self,
+        slot: int,
+        first_layer: int,
+        counts: torch.Tensor,
+        part_counts: torch.Tensor,
+        positions: torch.Tensor,
+        source: torch.Tensor,
+    ) -> None:
+        """Copy kept tokens into the request's pages, for some layers.
+
+        Args:
+            first_layer: the first of these layers.
+            counts: int64 [num_layers, num_kv_heads], pages of all layers, on the CPU.
+            part_counts: int64 [rows], tokens of these layers' heads; a row is one (layer, head).
+            positions: int64 [rows, most], kept positions.
+            source: int64, the prompt's blocks.
+        """
+        g, device, size = self.geometry, self.pages.device, self.geometry.page_size
+        row = torch.arange(len(positions), device=device)
+        starts = torch.cat([counts.flatten().cumsum(0) - counts.flatten(), part_counts.cumsum(0) - part_counts])
+        starts, tokens = to_device(starts, device), to_device(part_counts, device)
+        row = row.repeat_interleave(tokens, output_size=int(part_counts.sum()))
+        rank = torch.arange(len(row), device=device) - starts[counts.numel() :][row]
+        position, at = positions[row, rank], row + first_layer * g.num_kv_heads
+        page = self.tables.layer_base[at // g.num_kv_heads] + at % g.num_kv_heads
+        page = page + source[position // size] * g.block_stride
+        kept = self.tables.pool_pages(slot, starts[at] + rank // size)
+        self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
 
     def _page_counts(self, policy: Policy, plan: RetentionPlan) -> torch.Tensor:
         """Whole pages per layer and KV head, int64 [num_layers, num_kv_heads], with the plan's exact sum."""
@@ -181,8 +241,3 @@ class Compressor:
             high=plan.full_pages,
         )
         return pages[:, None].expand(-1, g.num_kv_heads).contiguous()
-
-    def _read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of these blocks: two [num_kv_heads, n * page_size, head_dim]."""
-        keys, values = self.codec.unpack(self.pages[self.geometry.pages_of(layer, blocks)])
-        return keys.flatten(1, 2), values.flatten(1, 2)

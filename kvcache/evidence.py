@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
+
+from kvcache.pages import PageCodec, PageGeometry
 
 
 class Evidence(StrEnum):
@@ -16,28 +19,35 @@ class Evidence(StrEnum):
     WINDOW_QUERIES = "last-w queries"
 
 
+@dataclass(frozen=True)
+class QuantScales:
+    """What one layer's stored numbers are multiplied with: 1.0 unless the KV cache is quantised (fp8)."""
+
+    query: float = 1.0
+    key: float = 1.0
+    value: float = 1.0
+
+
 class QueryWindow:
     """The last `window` post-RoPE queries of one prompt, for all layers, filled while the prompt's chunks pass.
 
     The prompt's length is known from the start, so each query has its place and a chunk of any size (one token
-    too) may arrive in any step. `missing` tells what has not come yet.
+    too) may arrive in any step. `missing` tells what has not come yet. Memory is taken when the first query comes:
+    a prompt of many chunks holds none before its last ones.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        window: int,
-        num_heads: int,
-        head_dim: int,
-        prompt_len: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, num_layers: int, window: int, prompt_len: int) -> None:
         self.first = prompt_len - window
         self.window = window
-        self.queries = torch.zeros(num_layers, window, num_heads, head_dim, dtype=dtype, device=device)
+        self._queries: torch.Tensor | None = None
         self._filled = [set[int]() for _ in range(num_layers)]
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """[num_layers, window, num_heads, head_dim], as the model's attention gets them (fp8 with an fp8 cache)."""
+        if self._queries is None:
+            raise RuntimeError("no query of the window has come yet")
+        return self._queries
 
     def overlap(self, start: int, end: int) -> tuple[int, int]:
         """The part of positions [start, end) inside the window, as positions; empty when first >= second."""
@@ -45,8 +55,10 @@ class QueryWindow:
 
     def record(self, layer: int, position: int, queries: torch.Tensor) -> None:
         """Store queries [n, num_heads, head_dim] of positions `position ... position + n - 1`."""
+        if self._queries is None:
+            self._queries = queries.new_empty(len(self._filled), self.window, *queries.shape[1:])
         slot = position - self.first
-        self.queries[layer, slot : slot + queries.shape[0]] = queries
+        self._queries[layer, slot : slot + queries.shape[0]] = queries
         self._filled[layer].update(range(slot, slot + queries.shape[0]))
 
     @property
@@ -55,24 +67,88 @@ class QueryWindow:
         return sum(self.window - len(filled) for filled in self._filled)
 
 
-@dataclass(frozen=True)
 class LayerEvidence:
     """What one layer of one request knows when its prompt is done.
 
     Attributes:
         layer: index of the layer.
-        keys: [num_kv_heads, prompt_len, head_dim], post-RoPE, the model's dtype.
+        keys: [num_kv_heads, prompt_len, head_dim], post-RoPE; the model's dtype, float32 where the cache is fp8.
         values: the same shape.
         window_queries: [window, num_heads, head_dim], post-RoPE, or None for policies that don't ask for it.
         scale: softmax scale (1/sqrt(head_dim) in most models).
     """
 
-    layer: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    window_queries: torch.Tensor | None
-    scale: float
+    def __init__(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, window_queries: torch.Tensor | None, scale: float
+    ) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+        self.window_queries, self.scale = window_queries, scale
 
     @property
-    def prompt_len(self) -> int:
-        return self.keys.shape[1]
+    def shape(self) -> tuple[int, int, int]:
+        """num_kv_heads, prompt_len, head_dim."""
+        num_kv_heads, prompt_len, head_dim = self.keys.shape
+        return num_kv_heads, prompt_len, head_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+
+class PagedEvidence(LayerEvidence):
+    """Evidence that lies in pages: keys and values are read when a scorer asks for them, kernels read the pages."""
+
+    def __init__(
+        self,
+        layer: int,
+        pages: torch.Tensor,
+        blocks: torch.Tensor,
+        geometry: PageGeometry,
+        codec: PageCodec,
+        *,
+        prompt_len: int,
+        raw_queries: torch.Tensor | None,
+        scale: float,
+        quant: QuantScales,
+    ) -> None:
+        """
+        Args:
+            pages: the whole cache, [num_pages, 2 * page_size * head_dim].
+            blocks: int64 [n], the prompt's blocks.
+            raw_queries: the window's queries of this layer as recorded, or None.
+            quant: what raw queries, keys and values are multiplied with.
+        """
+        self.layer, self.pages, self.blocks, self.geometry, self.codec = layer, pages, blocks, geometry, codec
+        self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
+        self._prompt_len = prompt_len
+
+    @cached_property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        return self._read(0, self.quant.key)
+
+    @cached_property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        return self._read(1, self.quant.value)
+
+    @cached_property
+    def window_queries(self) -> torch.Tensor | None:  # type: ignore[override]
+        return None if self.raw_queries is None else dequantise(self.raw_queries, self.quant.query)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.geometry.num_kv_heads, self._prompt_len, self.geometry.head_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.pages.device
+
+    def _read(self, part: int, factor: float) -> torch.Tensor:
+        content = self.codec.unpack(self.pages[self.geometry.pages_of(self.layer, self.blocks)])[part]
+        return dequantise(content.flatten(1, 2)[:, : self._prompt_len], factor)
+
+
+def dequantise(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Real numbers of stored ones: float32 of fp8 (which vLLM keeps as bytes), anything else as it is."""
+    if tensor.element_size() > 1:
+        return tensor
+    return tensor.contiguous().view(torch.float8_e4m3fn).float() * factor

@@ -1,4 +1,4 @@
-"""Pages: where the tokens of one layer and KV head lie, and in which order their numbers lie inside."""
+"""Pages: how they are numbered, and in which order a page's numbers lie inside it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ class PageCodec(Protocol):
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The inverse of `unpack`."""
 
+    def copy_tokens(self, pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy keys and values of single tokens, bits unchanged; no target may be a source.
+
+        Args:
+            pages: the whole cache, [num_pages, 2 * page_size * head_dim].
+            source, target: int64 [n], slots: `page * page_size + place in the page`.
+        """
+
 
 @dataclass(frozen=True)
 class PermutedCodec:
@@ -73,6 +81,15 @@ class PermutedCodec:
         packed[..., self.order] = plain
         return packed
 
+    def copy_tokens(self, pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        flat = pages.view(-1)
+        flat[self._elements(target)] = flat[self._elements(source)]
+
+    def _elements(self, slots: torch.Tensor) -> torch.Tensor:
+        """Places of the slots' elements in the cache: int64 [n, 2 * head_dim]."""
+        by_token = self.order.view(2, self.page_size, self.head_dim).transpose(0, 1).flatten(1)
+        return (slots // self.page_size * self.order.numel())[:, None] + by_token[slots % self.page_size]
+
 
 @dataclass(frozen=True)
 class InterleavedCodec:
@@ -88,110 +105,6 @@ class InterleavedCodec:
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([keys, values], dim=-1).flatten(-2)
 
-
-class TableStore:
-    """The page tables of all compacted requests in one tensor, so that a batch's are gathered in one go.
-
-    Attributes:
-        pages: int32 [num_layers, slots, num_kv_heads, width], on the cache's device.
-        offsets: int32 [num_layers, slots, num_kv_heads], on the CPU: physical less logical length.
-    """
-
-    def __init__(self, geometry: PageGeometry, device: torch.device, slots: int = 16, width: int = 64) -> None:
-        shape = (geometry.num_layers, slots, geometry.num_kv_heads)
-        self.pages = torch.zeros(*shape, width, dtype=torch.int32, device=device)
-        self.offsets = torch.zeros(shape, dtype=torch.int32)
-        self._free = list(range(slots))
-
-    def take(self, width: int) -> int:
-        """A free slot with room for rows of `width` pages; the store grows when there is none."""
-        slots = self.pages.shape[1]
-        if not self._free:
-            self.pages = torch.cat([self.pages, torch.zeros_like(self.pages)], 1)
-            self.offsets = torch.cat([self.offsets, torch.zeros_like(self.offsets)], 1)
-            self._free = list(range(slots, 2 * slots))
-        self.widen(width)
-        return self._free.pop()
-
-    def widen(self, width: int) -> None:
-        """Make room for rows of `width` pages."""
-        missing = width - self.pages.shape[-1]
-        if missing > 0:
-            self.pages = torch.nn.functional.pad(self.pages, (0, max(missing, self.pages.shape[-1])))
-
-    def release(self, slot: int) -> None:
-        self._free.append(slot)
-
-
-class PageTable:
-    """The pages of one compacted request, in reading order, for every layer and KV head.
-
-    First come its compacted pages (their number differs by layer and head), then one page for each block appended
-    since: the prompt's tail and all new tokens.
-    """
-
-    def __init__(
-        self,
-        geometry: PageGeometry,
-        counts: torch.Tensor,
-        pool: torch.Tensor,
-        first_block: int,
-        store: TableStore | None = None,
-    ) -> None:
-        """Hand out a pool of pages.
-
-        Args:
-            geometry: of the cache.
-            counts: int64 [num_layers, num_kv_heads], on the CPU, compacted pages of each; their sum is
-                `pool.numel()`.
-            pool: int64, the pages to hand out, in order; its device is the table's.
-            first_block: logical number of the first block that stays: the tail's.
-            store: where the table is kept; left out, one of its own.
-
-        Raises:
-            ValueError: when counts and pool disagree.
-        """
-        if int(counts.sum()) != pool.numel():
-            raise ValueError(f"{int(counts.sum())} pages wanted, the pool has {pool.numel()}")
-        self.geometry, self.counts, self.first_block = geometry, counts, first_block
-        self.num_appended = 0
-        self.most = int(counts.max())
-        self.store = store or TableStore(geometry, pool.device, slots=1)
-        self.slot = self.store.take(self.most + 8)
-        self.store.offsets[:, self.slot] = ((counts - first_block) * geometry.page_size).int()
-        taken = torch.arange(self.most) < counts[..., None]
-        self.store.pages[:, self.slot, :, : self.most][taken.to(pool.device)] = pool.int()
-        self._next = counts[..., None].to(pool.device)
-
-    @property
-    def width(self) -> int:
-        """Pages of the longest row."""
-        return self.most + self.num_appended
-
-    def compacted(self, layer: int) -> torch.Tensor:
-        """The compacted pages of one layer, head by head: int64 [sum of the layer's counts]."""
-        rows = self.store.pages[layer, self.slot]
-        return torch.cat([row[:count] for row, count in zip(rows, self.counts[layer].tolist(), strict=True)]).long()
-
-    def append(self, blocks: torch.Tensor) -> None:
-        """Take note of the blocks that hold the tail and the new tokens: int [n], all of them, in order."""
-        new = blocks[self.num_appended :].long()
-        if not len(new):
-            return
-        self.store.widen(self.most + len(blocks))
-        pages = torch.stack([self.geometry.pages_of(layer, new) for layer in range(self.geometry.num_layers)])
-        at = self._next + self.num_appended + torch.arange(len(new), device=new.device)
-        self.store.pages[:, self.slot].scatter_(-1, at, pages.int())
-        self.num_appended += len(new)
-
-    def physical_lengths(self, logical_length: int) -> torch.Tensor:
-        """Slots in use when `logical_length` tokens have been seen: int32 [num_layers, num_kv_heads], on the CPU."""
-        return self.store.offsets[:, self.slot] + logical_length
-
-    def rows(self) -> torch.Tensor:
-        """int32 [num_layers, num_kv_heads, width]; entries past a row's pages mean nothing."""
-        return self.store.pages[:, self.slot, :, : self.width]
-
-    def release(self) -> None:
-        """Give the slot back; the table must not be used after."""
-        self.store.release(self.slot)
+    def copy_tokens(self, pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        tokens = pages.view(-1, 2 * self.head_dim)
+        tokens.index_copy_(0, target, tokens.index_select(0, source))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+
+from kvcache.evidence import LayerEvidence, PagedEvidence
 
 # Bounds the memory of `window_attention`: logits held at once, 4 bytes each, unless one KV head alone has more.
 _MAX_LOGITS = 1 << 26
@@ -39,6 +41,34 @@ def pool(scores: torch.Tensor, how: Pooling, kernel: int) -> torch.Tensor:
     if how == "avg":
         return F.avg_pool1d(flat, kernel, 1, half, count_include_pad=True).reshape(scores.shape)
     return F.max_pool1d(flat, kernel, 1, half).reshape(scores.shape)
+
+
+def window_votes(
+    evidence: LayerEvidence,
+    *,
+    pooling: Pooling = "avg",
+    kernel: int = 5,
+    group_reduce: GroupReduce = "mean",
+    group_stage: GroupStage = "probabilities",
+) -> torch.Tensor:
+    """SnapKV's vote (arXiv 2404.14469) on a layer's evidence: `window_attention`, on a GPU by kernels.
+
+    The kernels read keys where they lie in the cache. With `group_stage="logits"` torch does the work everywhere.
+
+    Returns:
+        float32 [num_kv_heads, prompt_len - w].
+
+    Raises:
+        ValueError: the evidence has no queries.
+    """
+    options: dict[str, Any] = {"pooling": pooling, "kernel": kernel, "group_reduce": group_reduce}
+    if isinstance(evidence, PagedEvidence) and evidence.pages.is_cuda and group_stage == "probabilities":
+        from kvcache.kernels.window_votes import window_votes_paged
+
+        return window_votes_paged(evidence, **options)
+    if evidence.window_queries is None:
+        raise ValueError("the prompt's last queries are needed and were not kept")
+    return window_attention(evidence.window_queries, evidence.keys, evidence.scale, group_stage=group_stage, **options)
 
 
 def window_attention(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kvcache.tables import to_device
+
 
 def force(scores: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
     """A copy of `scores` [..., n] in which the first `sinks` and last `recent` tokens always stay, NaNs before others.
@@ -18,23 +20,34 @@ def force(scores: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
     return forced
 
 
-def keep_top(scores: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """The positions of each head's highest scores, ascending; of equal scores the lower position wins.
+def keep_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The positions of each row's highest scores, ascending; of equal scores the lower position wins.
+
+    All rows are selected at once and nothing waits for the device.
 
     Args:
-        scores: float32 [num_kv_heads, n].
-        counts: tokens to keep of each head, 0 <= count <= n.
+        scores: float32 [rows, n], no NaN.
+        counts: int64 [rows], on the CPU: positions to keep of each row, 0 <= count <= n.
 
     Returns:
-        num_kv_heads tensors int64 [count].
+        int64 [rows, max(counts)]; a row's positions come first, n fills up the rest.
 
     Raises:
         ValueError: when a count is outside 0..n.
     """
-    n = scores.shape[-1]
-    if any(not 0 <= count <= n for count in counts):
-        raise ValueError(f"cannot keep {counts} of {n} tokens")
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    wanted = torch.arange(n) < torch.tensor(counts)[:, None]
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, wanted.to(scores.device))
-    return list(kept.nonzero()[:, 1].split(counts))
+    n, most, least = scores.shape[-1], int(counts.max()), int(counts.min())
+    if not 0 <= least <= most <= n:
+        raise ValueError(f"cannot keep {counts.tolist()} of {n} tokens")
+    if not most:
+        return scores.new_empty(len(scores), 0, dtype=torch.int64)
+    # One whole number per token that orders by score, then by position: a float's bits, with those of negative
+    # numbers flipped, are in the order of the floats (adding 0 makes -0 and 0 one number).
+    bits = (scores + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    backwards = torch.arange(n - 1, -1, -1, device=scores.device)
+    ranked = torch.topk((bits.long() << 32) | backwards, most, sorted=least < most).values
+    positions = n - 1 - (ranked & 0xFFFFFFFF)
+    if least < most:
+        wanted = torch.arange(most) < counts[:, None]
+        positions = positions.masked_fill(~to_device(wanted, scores.device), n)
+    return positions.sort(-1).values

@@ -18,7 +18,7 @@ from kvcache.registry import PolicyError
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.metrics import CompressionMetrics
-from server.platforms import Platform
+from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
 from server.refusals import refuse_config
 from server.settings import in_flags
@@ -131,7 +131,8 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     except (ValueError, OSError, NotImplementedError) as error:
         raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
     if platform.unavailable is None:
-        refuse_config(config)
+        refuse_config(config, platform.name)
+        choose_scheduler(config)
     try:
         desk = PolicyDesk(default, config.cache_config.block_size, platform.unavailable)
     except PolicyError as error:

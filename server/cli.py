@@ -62,9 +62,9 @@ def _serve(argv: list[str]) -> None:
     except (ValueError, ImportError, AttributeError) as error:
         _fail(f"a package with a KV-cache policy can't be used: {one_line(error)}")
     try:
-        check(cpu=False)
+        check()
         platform = detect()
-        check(cpu=platform.name == "cpu")
+        check(platform.name)
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
 

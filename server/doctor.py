@@ -32,12 +32,12 @@ def examine() -> list[Finding]:
     from kvcache.vllm_adapter.compat import installed_version, problems
 
     if installed_version() is None:
-        return [*findings, *(Finding(False, text) for text in problems(cpu=False))]
+        return [*findings, *(Finding(False, text) for text in problems())]
 
     from server.platforms import NO_DEVICE, detect
 
     platform = detect()
-    found = problems(cpu=platform.name == "cpu")
+    found = problems(platform.name)
     findings += [Finding(False, text) for text in found]
     if not found:
         findings.append(Finding(True, f"vLLM {installed_version()}: everything private that Longreach uses is there"))

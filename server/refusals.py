@@ -7,7 +7,8 @@ from typing import Any
 
 from server.errors import StartError
 
-_PLAIN_CACHES = ("auto", "float16", "bfloat16")
+_CACHES = {"cpu": ("auto", "float16", "bfloat16"), "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")}
+_BACKENDS = (None, "FLASH_ATTN", "CUSTOM")
 
 
 class Unsupported(StartError):
@@ -31,13 +32,17 @@ def refuse_args(args: Namespace, compresses: bool) -> None:
         (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
         (compresses and args.scheduler_cls is not None, "--scheduler-cls"),
         (compresses and args.worker_cls != "auto", "--worker-cls"),
+        (compresses and _backend(args) not in _BACKENDS, f"--attention-backend {_backend(args)}"),
     ]
     if names := [flag for bad, flag in found if bad]:
         raise Unsupported(f"{', '.join(names)}: not supported; leave it out, or use stock `vllm serve`.")
 
 
-def refuse_config(config: Any) -> None:
+def refuse_config(config: Any, platform: str) -> None:
     """Refuse what only vLLM's resolved configuration (`VllmConfig`) shows.
+
+    Args:
+        platform: `cpu` or `cuda`.
 
     Raises:
         Unsupported: names the features and what to change.
@@ -61,17 +66,33 @@ def refuse_config(config: Any) -> None:
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallel (--pipeline-parallel-size)"),
         (parallel.data_parallel_size > 1, "data parallel (--data-parallel-size)"),
-        (parallel.tensor_parallel_size > 1, "tensor parallel on this platform (--tensor-parallel-size)"),
+        (
+            parallel.tensor_parallel_size > 1 and platform == "cpu",
+            "tensor parallel on this platform (--tensor-parallel-size)",
+        ),
+        (parallel.use_ubatching, "dual batch overlap (--enable-dbo)"),
         (parallel.decode_context_parallel_size > 1, "decode context parallel (--decode-context-parallel-size)"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallel (--prefill-context-parallel-size)"),
-        (cache.cache_dtype not in _PLAIN_CACHES, f"quantised KV cache (--kv-cache-dtype {cache.cache_dtype})"),
-        (config.use_v2_model_runner, "Model Runner V2 on this platform (VLLM_USE_V2_MODEL_RUNNER)"),
+        (
+            cache.cache_dtype not in _CACHES[platform],
+            f"this KV cache on this platform (--kv-cache-dtype {cache.cache_dtype}; {', '.join(_CACHES[platform])})",
+        ),
+        (
+            config.use_v2_model_runner != (platform == "cuda"),
+            f"Model Runner V{1 + config.use_v2_model_runner} on this platform (VLLM_USE_V2_MODEL_RUNNER)",
+        ),
     ]
     if names := [what for bad, what in found if bad]:
         raise Unsupported(
             f"not supported with KV compression in this release: {'; '.join(names)}. "
             "Leave it out, choose another model, or use stock `vllm serve`."
         )
+
+
+def _backend(args: Namespace) -> str | None:
+    """The attention backend that the user asked for."""
+    asked = args.attention_backend or args.attention_config.backend
+    return getattr(asked, "name", asked)
 
 
 def _slides(model: Any, text: Any) -> bool:

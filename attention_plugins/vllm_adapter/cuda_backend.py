@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -13,6 +19,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
+from attention_plugins.batch import CompactedBatch
+from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata
 from kvcache.vllm_adapter.manager import compressible, register_spec
 
@@ -42,31 +50,131 @@ class CUDACompressedBackend(FlashAttentionBackend):
         return CUDACompressedMetadataBuilder
 
 
+@dataclass(frozen=True)
+class StepBuffers:
+    """Tensors of fixed place that CUDA graphs read and write; every layer uses the same in its turn.
+
+    Attributes:
+        slots: int32 [max_num_reqs], written before each step.
+        mask: bool [max_num_reqs, 1, 1], which rows are compacted; written before each mixed step.
+        dense_lens: int32 [max_num_reqs], lengths of dense rows, 1 for compacted ones; likewise.
+        query_start: int32 [max_num_reqs * num_kv_heads + 1]: 0, 1, 2, ..., one query for every sequence.
+        pages: int32 [max_num_reqs * num_kv_heads, max_pages].
+        lengths: int32 [max_num_reqs * num_kv_heads].
+    """
+
+    slots: torch.Tensor
+    mask: torch.Tensor
+    dense_lens: torch.Tensor
+    query_start: torch.Tensor
+    pages: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def make(cls, max_num_reqs: int, num_kv_heads: int, max_pages: int, device: torch.device) -> StepBuffers:
+        sequences = max_num_reqs * num_kv_heads
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            slots=zeros(max_num_reqs) - 1,
+            mask=torch.zeros(max_num_reqs, 1, 1, dtype=torch.bool, device=device),
+            dense_lens=zeros(max_num_reqs),
+            query_start=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+            pages=zeros(sequences, max_pages),
+            lengths=zeros(sequences),
+        )
+
+    @staticmethod
+    def nbytes(max_num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
+        return max_num_reqs * (num_kv_heads * (4 * max_pages + 8) + 9)
+
+
 class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder):
-    # Attention stays outside CUDA graphs (piecewise): which rows are compacted changes from step to step.
-    _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
+    buffers: StepBuffers
+    """Set by the worker, on the implementations too."""
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SplitMetadata:
+        runtime = runtime_for(self.vllm_config)
+        if runtime is not None and runtime.graph in (BatchKind.COMPACTED, BatchKind.MIXED):
+            return self._build_graph(runtime, common_attn_metadata)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    def _build_graph(self, runtime: CompressionRuntime, common: CommonAttentionMetadata) -> SplitMetadata:
+        """Fill the buffers that a FULL graph of single-query rows reads; at capture every row is empty."""
+        rows, own = common.num_reqs, self.buffers
+        slots = own.slots[:rows]
+        slots.fill_(-1)
+        if runtime.in_step:
+            found = runtime.slots(common)
+            async_tensor_h2d(found, out=slots[: len(found)])
+        dense, mask = None, None
+        if runtime.graph is BatchKind.MIXED:
+            mask, lens = own.mask[:rows], own.dense_lens[:rows]
+            torch.ge(slots[:, None, None], 0, out=mask)
+            lens.copy_(common.seq_lens).masked_fill_(mask[:, 0, 0], 1)
+            dense = FlashAttentionMetadataBuilder.build(self, 0, replace(common, seq_lens=lens))
+        batch = CompactedBatch(
+            slots=slots,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            query_start=own.query_start[: rows * self.num_heads_kv + 1],
+            max_query_len=1,
+            token_heads=None,
+        )
+        return SplitMetadata(dense, batch, runtime.compressor.tables, mask=mask)
 
 
 class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
-    def compacted(self, queries: torch.Tensor, metadata: SplitMetadata, layer: int) -> torch.Tensor:
-        batch = metadata.compacted
-        assert batch is not None
+    buffers: StepBuffers
+    max_num_splits: int
+    """Most parts that attention over one sequence is split into in a CUDA graph."""
+
+    def attend(
+        self, layer: Any, queries: torch.Tensor, metadata: SplitMetadata, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        from attention_plugins.kernels.page_rows import page_rows_into
+
+        batch, tables = metadata.compacted, metadata.tables
+        assert batch is not None and tables is not None
+        sequences = len(batch.query_start) - 1
+        pages, lengths = self.buffers.pages[:sequences], self.buffers.lengths[:sequences]
+        index = extract_layer_index(layer.layer_name)
+        page_rows_into(pages, lengths, tables, index, batch.slots, batch.seq_lens, batch.block_table)
         content = self.pages.view(len(self.pages), self.page_size, 1, 2 * self.head_size)
+        descales: dict[str, torch.Tensor] = {}
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            content = content.view(current_platform.fp8_dtype())
+            scales = {"q_descale": layer._q_scale, "k_descale": layer._k_scale, "v_descale": layer._v_scale}
+            descales = {name: scale.expand(sequences, 1) for name, scale in scales.items()}
         return flash_attn_varlen_func(
             queries,
             content[..., : self.head_size],
             content[..., self.head_size :],
+            out=out,
             max_seqlen_q=batch.max_query_len,
             cu_seqlens_q=batch.query_start,
-            max_seqlen_k=batch.max_length,
-            seqused_k=batch.lengths[layer],
+            max_seqlen_k=pages.shape[1] * self.page_size,
+            seqused_k=lengths,
             softmax_scale=self.scale,
             causal=True,
-            block_table=batch.pages[layer],
+            block_table=pages,
             softcap=self.logits_soft_cap,
+            num_splits=self._num_splits(sequences, batch.token_heads is None),
             fa_version=self.vllm_flash_attn_version,
+            **descales,
         )
+
+    def _num_splits(self, sequences: int, in_graph: bool) -> int:
+        """How many parts a sequence may be attended in: 0 lets FlashAttention choose, which a graph can't."""
+        # From here on every multiprocessor has work, and FlashAttention balances no more than 992 sequences.
+        if self.batch_invariant_enabled or sequences > 528:
+            return 1
+        return self.max_num_splits if in_graph else 0
 
 
 def register() -> None:

@@ -6,15 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
 from attention_plugins.vllm_adapter import cuda_backend
+from attention_plugins.vllm_adapter.cuda_backend import StepBuffers
+from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.worker import CompressionWorker
+from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.kernels import window_votes
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
+from kvcache.tables import PageTables
+
+logger = init_logger(__name__)
 
 # A worker's module is imported before its model is built, so the model's layers find our backend.
 cuda_backend.register()
+
+WINDOW_TOKENS = 1024
+"""Observation-window queries that memory is set aside for, over all prompts in flight."""
+GRAPH_BYTES = 2 << 20
+"""Memory of one captured graph of ours (measured on an H100: benchmarks/results)."""
 
 
 class CUDACompressionWorker(CompressionWorker, Worker):
@@ -24,3 +38,74 @@ class CUDACompressionWorker(CompressionWorker, Worker):
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         names = self.model_runner.req_states.index_to_req_id
         return [names[index] for index in common.req_idx.tolist()]
+
+    def quant_scales(self, layer: Any) -> QuantScales:
+        if not is_quantized_kv_cache(layer.impl.kv_cache_dtype):
+            return QuantScales()
+        query = layer._q_scale_float if layer.impl.supports_quant_query_input else 1.0
+        return QuantScales(query, layer._k_scale_float, layer._v_scale_float)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's, less what compression holds beside the KV cache; a size that the user gave stays as it is."""
+        if self.cache_config.kv_cache_memory_bytes:
+            return super().determine_available_memory()
+        ours = self.reserved_bytes()
+        logger.info("KV compression sets %.2f GiB aside", ours / (1 << 30))
+        return super().determine_available_memory() - ours
+
+    def reserved_bytes(self) -> int:
+        """Memory of ours that lives beside the KV cache while the model runs.
+
+        What compaction itself needs is not counted: it runs between steps, in the memory that vLLM keeps for the
+        activations of a full batch.
+        """
+        config, parallel = self.vllm_config, self.vllm_config.parallel_config
+        layers, kv_heads = config.model_config.get_num_layers(parallel), config.model_config.get_num_kv_heads(parallel)
+        slots, page_size = config.scheduler_config.max_num_seqs, config.cache_config.block_size
+        width = -(-config.model_config.max_model_len // page_size) + 1
+        query = config.model_config.get_num_attention_heads(parallel) * config.model_config.get_head_size() * 2
+        graphs = 2 * len(config.compilation_config.cudagraph_capture_sizes or ())
+        return (
+            PageTables.nbytes(layers, kv_heads, slots, width)
+            + StepBuffers.nbytes(slots, kv_heads, width)
+            + WINDOW_TOKENS * layers * query
+            + GRAPH_BYTES * graphs
+        )
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_from_config(*args, **kwargs)
+        runner, tables = self.model_runner, self.runtime.compressor.tables
+        slots, width = tables.blocks.shape
+        buffers = StepBuffers.make(slots, tables.geometry.num_kv_heads, width, tables.blocks.device)
+        for layer in self.attention_layers:
+            layer.impl.buffers = buffers
+            layer.impl.max_num_splits = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        for groups in runner.attn_groups:
+            for group in groups:
+                group.get_metadata_builder(0).buffers = buffers
+        runner.cudagraph_manager = CompressionGraphs(runner.cudagraph_manager, self.runtime)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's, after our kernels have been compiled: the first request must not wait for that."""
+        self._warm_up_kernels()
+        return super().compile_or_warm_up_model()
+
+    @torch.inference_mode()
+    def _warm_up_kernels(self) -> None:
+        compressor = self.runtime.compressor
+        geometry, layer = compressor.geometry, self.attention_layers[0]
+        fp8 = is_quantized_kv_cache(layer.impl.kv_cache_dtype) and layer.impl.supports_quant_query_input
+        dtype = torch.float8_e4m3fn if fp8 else self.model_config.dtype
+        queries = torch.zeros(8, layer.impl.num_heads, geometry.head_dim, device=self.device).to(dtype)
+        evidence = PagedEvidence(
+            0,
+            compressor.pages,
+            torch.zeros(1, dtype=torch.int64, device=self.device),
+            geometry,
+            compressor.codec,
+            prompt_len=geometry.page_size,
+            raw_queries=queries,
+            scale=compressor.scale,
+            quant=QuantScales(),
+        )
+        window_votes.warm_up(evidence)

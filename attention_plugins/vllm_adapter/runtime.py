@@ -1,21 +1,30 @@
-"""One worker's compression at run time: carries out orders, splits each batch into dense and compacted rows."""
+"""One worker's compression at run time: carries out orders, says which rows of a batch are compacted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from attention_plugins.batch import CompactedRow
-from kvcache.compressor import CompactionReport, Compressor
+from kvcache.compressor import Compressor, PendingReport
 from kvcache.evidence import QueryWindow
 from kvcache.vllm_adapter.orders import orders_of
 
 _runtimes: dict[int, CompressionRuntime] = {}
+
+
+class BatchKind(StrEnum):
+    """Which rows a batch has; CUDA graphs are captured for each kind."""
+
+    DENSE = "dense"
+    COMPACTED = "compacted"
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -28,17 +37,15 @@ class Capture:
     last: int
 
 
-@dataclass
-class BatchSplit:
-    """What is special about a batch; all empty for a batch that stock vLLM would see."""
-
-    captures: list[Capture] = field(default_factory=list)
-    compacted: list[CompactedRow] = field(default_factory=list)
-    dense_rows: list[int] = field(default_factory=list)
-
-
 class CompressionRuntime:
-    """Built by the worker once the KV cache exists; found by the attention backend through `runtime_for`."""
+    """Built by the worker once the KV cache exists; found by the attention backend through `runtime_for`.
+
+    Attributes:
+        in_step: between `begin_step` and `end_step`; outside (profiling, warm-up) every row is dense.
+        kind: which rows the step's batch has.
+        recording: whether a scheduled prompt's queries may have to be kept in this step.
+        graph: the kind of the FULL graph that this step replays or that is being captured; None without one.
+    """
 
     def __init__(
         self, compressor: Compressor, batch_request_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
@@ -46,8 +53,10 @@ class CompressionRuntime:
         """`batch_request_ids` names the requests of a batch's rows, in order; each model runner has its own way."""
         self.compressor = compressor
         self._batch_request_ids = batch_request_ids
-        self._in_step = False
-        self._reports: list[CompactionReport] = []
+        self._reports: list[PendingReport] = []
+        self.kind, self.recording = BatchKind.DENSE, False
+        self.graph: BatchKind | None = None
+        self.in_step = False
 
     @torch.inference_mode()
     def begin_step(self, scheduler_output: Any) -> None:
@@ -60,41 +69,47 @@ class CompressionRuntime:
             for start in orders.start:
                 self.compressor.start(start)
             self._reports += [self.compressor.compact(order) for order in orders.compact]
-        self._in_step = True
+        if self.compressor.requests:
+            scheduled = scheduler_output.num_scheduled_tokens
+            known = [request for name in scheduled if (request := self.compressor.requests.get(name))]
+            compacted = sum(request.slot is not None for request in known)
+            self.recording = any(request.window for request in known)
+            if compacted:
+                self.kind = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
+
+        self.in_step = True
 
     def end_step(self) -> None:
-        self._in_step = False
+        self.in_step = False
+        self.kind, self.recording, self.graph = BatchKind.DENSE, False, None
 
-    def take_reports(self) -> list[CompactionReport]:
+    def take_reports(self) -> list[PendingReport]:
         reports, self._reports = self._reports, []
         return reports
 
-    def split(self, common: CommonAttentionMetadata) -> BatchSplit:
-        """Sort the batch's rows; outside a step (profiling, warm-up) every row is dense."""
-        split = BatchSplit()
-        if not self._in_step or not self.compressor.requests:
-            split.dense_rows = list(range(common.num_reqs))
-            return split
+    def slots(self, common: CommonAttentionMetadata) -> np.ndarray:
+        """Page table of each of the batch's requests, -1 for those not compacted: int32 [requests]."""
+        slot = self.compressor.slot
+        names = self._batch_request_ids(common)
+        found = (-1 if (at := slot(name)) is None else at for name in names)
+        return np.fromiter(found, dtype=np.int32, count=len(names))
+
+    def captures(self, common: CommonAttentionMetadata) -> list[Capture]:
+        """Which of the batch's queries are evidence."""
+        if not self.recording:
+            return []
+        found = []
         starts = common.query_start_loc_cpu.tolist()
-        # Exact, since speculative decoding is refused; on a GPU reading `seq_lens` itself would wait for it.
+        # Exact for prompts; on a GPU reading `seq_lens` itself would wait for it.
         lengths = common.seq_lens_cpu_upper_bound.tolist()
-        page_size = self.compressor.geometry.page_size
         for row, request_id in enumerate(self._batch_request_ids(common)):
-            first, last, length = starts[row], starts[row + 1], lengths[row]
-            if table := self.compressor.table(request_id):
-                last_block = -(-length // page_size)
-                if last_block - table.first_block > table.num_appended:
-                    table.append(common.block_table_tensor[row, table.first_block : last_block])
-                split.compacted.append(CompactedRow(first, last - first, length, table))
-                continue
-            split.dense_rows.append(row)
             if window := self.compressor.window(request_id):
+                first, last, length = starts[row], starts[row + 1], lengths[row]
                 position = length - (last - first)
                 begin, end = window.overlap(position, length)
                 if begin < end:
-                    offset = first - position
-                    split.captures.append(Capture(window, begin, begin + offset, end + offset))
-        return split
+                    found.append(Capture(window, begin, begin + first - position, end + first - position))
+        return found
 
 
 def set_runtime(vllm_config: VllmConfig, runtime: CompressionRuntime | None) -> None:

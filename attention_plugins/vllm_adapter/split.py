@@ -1,36 +1,41 @@
-"""A backend's batch in two parts: dense rows take vLLM's own path, compacted rows ours. Mix-ins for any backend."""
+"""A batch whose compacted rows are attended apart from the others. Mix-ins for any backend."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from attention_plugins.batch import CompactedBatch, plan_compacted
-from attention_plugins.vllm_adapter.runtime import BatchSplit, Capture, runtime_for
+from attention_plugins.vllm_adapter.runtime import BatchKind, Capture, CompressionRuntime, runtime_for
+from kvcache.tables import PageTables, to_device
 
 
 @dataclass
 class SplitMetadata:
-    """A step's batch, split.
+    """A step's batch.
 
     Attributes:
-        dense: the backend's own metadata of the dense rows, or None when there are none.
-        dense_tokens: int64, their tokens in the batch; None when that is all tokens.
+        dense: the backend's own metadata of the batch, or None when every row is compacted. In a mixed batch it
+            takes compacted rows as so short that they cost nothing; what it writes for them is overwritten.
         compacted: the compacted rows, or None.
-        plans: the kernel's plan of the compacted rows for each layer, for kernels that want one.
+        tables: where their pages are.
+        plan: what the kernel wants prepared for the compacted rows.
         captures: queries to keep.
+        mask: bool [rows, 1, 1]; in a mixed CUDA graph, which rows are compacted.
     """
 
     dense: Any
-    dense_tokens: torch.Tensor | None
-    compacted: CompactedBatch | None
-    plans: list[torch.Tensor]
-    captures: list[Capture]
+    compacted: CompactedBatch | None = None
+    tables: PageTables | None = None
+    plan: Any = None
+    captures: list[Capture] = field(default_factory=list)
+    mask: torch.Tensor | None = None
 
 
 class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -39,25 +44,31 @@ class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # ty
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SplitMetadata:
-        runtime = runtime_for(self.vllm_config)
-        split = runtime.split(common_attn_metadata) if runtime else BatchSplit()
-        if not split.compacted:
-            dense = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            return SplitMetadata(dense, None, None, [], split.captures)
-        dense, tokens = None, None
-        if split.dense_rows:
-            part, tokens = _rows_of(common_attn_metadata, split.dense_rows)
-            dense = super().build(common_prefix_len, part, fast_build)
-        compacted = plan_compacted(split.compacted, self.kv_cache_spec.num_kv_heads)
-        return SplitMetadata(dense, tokens, compacted, self.kernel_plans(compacted), split.captures)
+        common, runtime = common_attn_metadata, runtime_for(self.vllm_config)
+        if runtime is None or runtime.kind is BatchKind.DENSE:
+            dense = super().build(common_prefix_len, common, fast_build)
+            return SplitMetadata(dense, captures=runtime.captures(common) if runtime else [])
+        return self.build_split(runtime, common)
 
-    def kernel_plans(self, batch: CompactedBatch) -> list[torch.Tensor]:
-        """Plans of the compacted rows by layer; none unless the kernel wants them."""
-        return []
+    def build_split(self, runtime: CompressionRuntime, common: CommonAttentionMetadata) -> SplitMetadata:
+        """The metadata of a batch in which some rows are compacted."""
+        slots, starts = runtime.slots(common), common.query_start_loc_cpu.numpy()
+        dense = None
+        if (slots < 0).any():
+            dense = super().build(0, shortened(common, slots >= 0))
+        batch = plan_compacted(
+            slots, starts, common.seq_lens, common.block_table_tensor, self.kv_cache_spec.num_kv_heads
+        )
+        tables = runtime.compressor.tables
+        return SplitMetadata(dense, batch, tables, self.kernel_plan(batch, tables), runtime.captures(common))
+
+    def kernel_plan(self, batch: CompactedBatch, tables: PageTables) -> Any:
+        """What the kernel wants prepared, for all layers."""
+        return None
 
 
 class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[misc]
-    """In front of a backend's implementation, which adds `compacted`."""
+    """In front of a backend's implementation, which adds `attend`."""
 
     pages: torch.Tensor
     """The whole KV cache, [num_pages, 2 * page_size * head_dim]; set by the worker, as is `page_size`."""
@@ -81,58 +92,52 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         if metadata.captures:
             _record(metadata.captures, extract_layer_index(layer.layer_name), query)
         if metadata.dense is not None:
-            tokens = metadata.dense_tokens
-            if tokens is None:
-                return super().forward(
-                    layer, query, key, value, kv_cache, metadata.dense, output, output_scale, output_block_scale
-                )
-            part = torch.empty_like(output[tokens])
-            super().forward(layer, query[tokens], key, value, kv_cache, metadata.dense, part)
-            output[tokens] = part
+            super().forward(
+                layer, query, key, value, kv_cache, metadata.dense, output, output_scale, output_block_scale
+            )
         if metadata.compacted is not None:
-            self._attend_compacted(query, metadata, extract_layer_index(layer.layer_name), output)
+            self._attend_compacted(layer, query, metadata, output)
         return output
 
-    def _attend_compacted(self, query: torch.Tensor, metadata: SplitMetadata, layer: int, output: torch.Tensor) -> None:
+    def _attend_compacted(self, layer: Any, query: torch.Tensor, metadata: SplitMetadata, output: torch.Tensor) -> None:
         """Each KV head with its own pages and length; its query group is the batch of query heads."""
         assert metadata.compacted is not None
         group = (-1, self.num_queries_per_kv, self.head_size)
-        places = metadata.compacted.token_heads
-        output.view(group)[places] = self.compacted(query.reshape(group)[places], metadata, layer)
+        queries, out, places = query.view(group), output.view(group), metadata.compacted.token_heads
+        if places is not None:
+            out[places] = self.attend(layer, queries[places], metadata)
+        elif metadata.mask is None:
+            self.attend(layer, queries, metadata, out)
+        else:
+            rows = (len(metadata.mask), -1, self.head_size)
+            attended = self.attend(layer, queries, metadata).view(rows)
+            torch.where(metadata.mask, attended, out.view(rows), out=out.view(rows))
 
     @abstractmethod
-    def compacted(self, queries: torch.Tensor, metadata: SplitMetadata, layer: int) -> torch.Tensor:
+    def attend(
+        self, layer: Any, queries: torch.Tensor, metadata: SplitMetadata, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of the compacted rows: [sequences' tokens, group, head_dim] in and out."""
+
+
+def shortened(common: CommonAttentionMetadata, compacted: np.ndarray) -> CommonAttentionMetadata:
+    """The same batch with compacted rows as long as their queries: they then read no more than they have written.
+
+    Args:
+        compacted: bool [rows].
+    """
+    device = common.seq_lens.device
+    query_lens = common.query_start_loc[1:] - common.query_start_loc[:-1]
+    short = torch.where(to_device(torch.from_numpy(compacted), device), query_lens, common.seq_lens)
+    bounds = common.seq_lens_cpu_upper_bound
+    if bounds is None:
+        return replace(common, seq_lens=short)
+    lens = common.query_start_loc_cpu.diff()
+    bounds = torch.where(torch.from_numpy(compacted), lens, bounds).to(bounds.dtype)
+    return replace(common, seq_lens=short, seq_lens_cpu_upper_bound=bounds, max_seq_len=int(bounds.max()))
 
 
 def _record(captures: list[Capture], layer: int, query: torch.Tensor) -> None:
     """Keep the captured queries of one layer; query [num_tokens, num_heads, head_dim]."""
     for capture in captures:
         capture.window.record(layer, capture.position, query[capture.first : capture.last])
-
-
-def _rows_of(common: CommonAttentionMetadata, rows: list[int]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The part of a batch's metadata that concerns these rows, and their tokens: int64, on the batch's device."""
-    device = common.seq_lens.device
-    starts = common.query_start_loc_cpu.tolist()
-    tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    query_lens = [starts[row + 1] - starts[row] for row in rows]
-    query_start = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(query_lens), 0, out=query_start[1:])
-    at, token_rows = torch.tensor(rows, device=device), tokens.to(device)
-    bounds = common.seq_lens_cpu_upper_bound
-    max_seq_len = common.max_seq_len if bounds is None else int(bounds[rows].max())
-    part = replace(
-        common,
-        query_start_loc=query_start.to(device),
-        query_start_loc_cpu=query_start,
-        seq_lens=common.seq_lens[at],
-        seq_lens_cpu_upper_bound=None if bounds is None else bounds[rows],
-        num_reqs=len(rows),
-        num_actual_tokens=len(tokens),
-        max_query_len=max(query_lens),
-        max_seq_len=max_seq_len,
-        block_table_tensor=common.block_table_tensor[at],
-        slot_mapping=common.slot_mapping[token_rows],
-    )
-    return part, token_rows

@@ -15,20 +15,22 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
-from kvcache.compressor import CompactionReport, Compressor
+from kvcache.compressor import Compressor, PendingReport
+from kvcache.evidence import QuantScales
 from kvcache.pages import PageCodec, PageGeometry
+from kvcache.tables import PageTables
 from kvcache.vllm_adapter.orders import attach_reports
 
 
 class ReportingOutput(AsyncModelRunnerOutput):
     """An output still on its way from the GPU, with reports for the scheduler."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, reports: list[CompactionReport]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, reports: list[PendingReport]) -> None:
         self._output, self._reports = output, reports
 
     def get_output(self) -> Any:
         output = self._output.get_output()
-        attach_reports(output, self._reports)
+        attach_reports(output, [report.finish() for report in self._reports])
         return output
 
 
@@ -36,6 +38,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     """Compacts between steps, never inside the forward pass. A platform says how pages and batches look."""
 
     runtime: CompressionRuntime
+    attention_layers: list[Any]
 
     @abstractmethod
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
@@ -45,20 +48,32 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The requests of a batch's rows, in order."""
 
+    def quant_scales(self, layer: Any) -> QuantScales:
+        """What a layer's queries and cached numbers are multiplied with."""
+        return QuantScales()
+
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
-        layers = attention_layers(self.vllm_config)
+        layers = self.attention_layers = attention_layers(self.vllm_config)
         for layer in layers:
             _refuse_variants(layer)
         pages, geometry = flat_pages([layer.kv_cache for layer in layers])
         for layer in layers:
             layer.impl.pages, layer.impl.page_size = pages, geometry.page_size
+        tables = PageTables(
+            geometry,
+            slots=self.vllm_config.scheduler_config.max_num_seqs,
+            # The widest row holds all of the longest request; one page more where its tail starts inside one.
+            width=-(-self.vllm_config.model_config.max_model_len // geometry.page_size) + 1,
+            device=pages.device,
+        )
         compressor = Compressor(
             geometry,
             self.page_codec(geometry, pages.dtype, layers[0]),
             pages,
-            num_heads=layers[0].impl.num_heads,
+            tables,
             scale=layers[0].impl.scale,
+            quant=[self.quant_scales(layer) for layer in layers],
             keep_positions=_keeps_positions(self.vllm_config),
         )
         self.runtime = CompressionRuntime(compressor, self.request_ids)
@@ -78,7 +93,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return ReportingOutput(output, reports)
-        attach_reports(output, reports)
+        attach_reports(output, [report.finish() for report in reports])
         return output
 
 
@@ -107,6 +122,7 @@ def _refuse_variants(layer: Any) -> None:
         (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
         (getattr(impl, "kv_sharing_target_layer_name", None) is not None, "KV cache shared between layers"),
         (impl.sliding_window not in (-1, (-1, -1)), "a sliding window"),
+        (getattr(impl, "vllm_flash_attn_version", None) not in (None, 2, 3), "FlashAttention 4"),
     ]
     if names := [name for bad, name in found if bad]:
         raise ValueError(f"{layer.layer_name} has {', '.join(names)}: not supported with KV compression")

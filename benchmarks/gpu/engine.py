@@ -13,7 +13,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
@@ -54,6 +54,15 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
         kv_tokens=config.cache_config.num_gpu_blocks * config.cache_config.block_size,
     )  # fmt: skip
     return llm
+
+
+def build_8b(*, stock: bool, fp8: bool) -> Any:
+    """8B shapes with random weights, at most of an 80 GB GPU's memory."""
+    return build(
+        random_llama(), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
+        gpu_memory_utilization=0.9, max_num_batched_tokens=8192, max_num_seqs=256,
+        kv_cache_dtype="fp8" if fp8 else "auto",
+    )  # fmt: skip
 
 
 def say(**row: Any) -> None:

@@ -32,4 +32,4 @@ class L2Norm(Policy):
         return self.args.recent
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        return -evidence.keys.float().norm(dim=-1)
+        return -torch.linalg.vector_norm(evidence.keys, dim=-1, dtype=torch.float32)

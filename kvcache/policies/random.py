@@ -30,6 +30,6 @@ class Random(Policy):
         return self.args.recent
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        num_kv_heads, prompt_len, _ = evidence.keys.shape
+        num_kv_heads, prompt_len, _ = evidence.shape
         generator = torch.Generator().manual_seed(self.args.seed * 1009 + evidence.layer)
-        return torch.rand(num_kv_heads, prompt_len, generator=generator).to(evidence.keys.device)
+        return torch.rand(num_kv_heads, prompt_len, generator=generator).to(evidence.device)

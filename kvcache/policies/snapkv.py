@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_attention
+from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_votes
 
 
 class SnapKV(Policy):
@@ -47,12 +47,8 @@ class SnapKV(Policy):
         return self.args.window
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        if evidence.window_queries is None:
-            raise ValueError(f"{self.name} needs the prompt's last {self.args.window} queries")
-        votes = window_attention(
-            evidence.window_queries,
-            evidence.keys,
-            evidence.scale,
+        votes = window_votes(
+            evidence,
             pooling=self.args.pooling,
             kernel=self.args.kernel,
             group_reduce=self.args.group_reduce,

@@ -20,6 +20,6 @@ class StreamingLLM(Policy):
     paper = "arXiv 2309.17453"
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        num_kv_heads, prompt_len, _ = evidence.keys.shape
-        positions = torch.arange(prompt_len, dtype=torch.float32, device=evidence.keys.device)
+        num_kv_heads, prompt_len, _ = evidence.shape
+        positions = torch.arange(prompt_len, dtype=torch.float32, device=evidence.device)
         return positions.expand(num_kv_heads, prompt_len)

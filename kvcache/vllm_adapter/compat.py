@@ -51,6 +51,25 @@ PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", ("scheduler_output",)),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),
 )
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_FLASH = "vllm.v1.attention.backends.flash_attn"
+PRIVATE_CUDA: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    # attention_plugins.vllm_adapter.cuda_backend, cuda_graphs and cuda_worker
+    (_FLASH, "FlashAttentionMetadataBuilder.build", ("common_prefix_len", "common_attn_metadata")),
+    (_FLASH, "FlashAttentionImpl.forward", ("layer", "query", "attn_metadata", "output")),
+    ("vllm.vllm_flash_attn", "flash_attn_varlen_func", ("block_table", "seqused_k", "q_descale", "num_splits")),
+    ("vllm.utils.torch_utils", "async_tensor_h2d", ("data", "out")),
+    (_GRAPHS, "ModelCudaGraphManager.__init__", ("cudagraph_mode", "decode_query_len", "lora_capture_cases")),
+    (_GRAPHS, "ModelCudaGraphManager.capture", ("progress_bar_desc",)),
+    (_GRAPHS, "ModelCudaGraphManager.run_fullgraph", ("desc",)),
+    (_GRAPHS, "CudaGraphManager.dispatch", ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras")),
+    ("vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ()),
+    ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ()),
+    ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ()),
+    ("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
+    ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", ("grammar_output",)),
+)
+PLATFORMS = {"cpu": PRIVATE_CPU, "cuda": PRIVATE_CUDA}
 
 
 class IncompatibleVLLM(RuntimeError):
@@ -67,21 +86,21 @@ def installed_version() -> str | None:
     return None
 
 
-def problems(cpu: bool) -> list[str]:
-    """What of the installed vLLM doesn't fit; empty when all does."""
+def problems(platform: str | None = None) -> list[str]:
+    """What of the installed vLLM (and of its `platform`, cpu or cuda) does not fit; empty when all does."""
     found = installed_version()
     if found is None:
         return ["vLLM is not installed: pip install 'longreach[cpu]' or 'longreach[cuda]'"]
     if found.split("+")[0] != VLLM_VERSION:
         return [f"vLLM {found} is installed, Longreach needs {VLLM_VERSION}"]
-    return [problem for entry in PRIVATE + (PRIVATE_CPU if cpu else ()) if (problem := _problem(*entry))]
+    return [problem for entry in PRIVATE + PLATFORMS.get(platform or "", ()) if (problem := _problem(*entry))]
 
 
-def check(cpu: bool) -> None:
+def check(platform: str | None = None) -> None:
     """Raises:
     IncompatibleVLLM: with everything that doesn't fit.
     """
-    if found := problems(cpu):
+    if found := problems(platform):
         raise IncompatibleVLLM("Longreach can't run on this vLLM:\n  " + "\n  ".join(found))
 
 

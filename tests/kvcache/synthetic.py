@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from attention_plugins.page_rows import page_rows
 from kvcache.compressor import Compact, CompactionReport, Compressor, Start
-from kvcache.pages import PageGeometry, PageTable, PermutedCodec
+from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.registry import make_policy, policies
+from kvcache.tables import PageTables
 
 PAGE = 16
 HEAD_DIM = 8
@@ -86,10 +88,17 @@ class PagedCache:
                 values[:, slot] = self.values[layer, :, token]
                 pages[at] = self.codec.pack(keys, values)
 
-    def compressor(self) -> Compressor:
-        return Compressor(
-            self.geometry, self.codec, self.pages, num_heads=self.num_heads, scale=SCALE, keep_positions=True
-        )
+    def compressor(self, slots: int = 1) -> Compressor:
+        """With one table unless more are asked for: a slot that isn't given back is missed at once."""
+        tables = PageTables(self.geometry, slots=slots, width=len(self.free))
+        return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, keep_positions=True)
+
+    def block_table(self, first_block: int, length: int) -> torch.Tensor:
+        """vLLM's row for `length` tokens: int32 [1, blocks]. Entries that nobody may read hold no block's id."""
+        table = torch.full((1, len(self.blocks) + 2), 10**6, dtype=torch.int32)
+        last = -(-length // self.page_size)
+        table[0, first_block:last] = self.blocks[first_block:last]
+        return table
 
     def plan(self, order: dict[str, Any]) -> RetentionPlan | None:
         policy = make_policy(order)
@@ -114,7 +123,7 @@ class PagedCache:
 
     def compact(self, compressor: Compressor, plan: RetentionPlan, request_id: str = "r") -> CompactionReport:
         source = self.blocks[: -(-self.prompt_len // self.page_size)].tolist()
-        return compressor.compact(Compact(request_id, source, self.free[: plan.kept_pages].tolist()))
+        return compressor.compact(Compact(request_id, source, self.free[: plan.kept_pages].tolist())).finish()
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,8 @@ class Run:
     plan: RetentionPlan
     before: torch.Tensor
     report: CompactionReport
-    table: PageTable
+    tables: PageTables
+    slot: int
     kept: list[list[torch.Tensor]]
 
     def heads(self) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -134,6 +144,21 @@ class Run:
             for head, positions in enumerate(heads):
                 yield layer, head, positions
 
+    def rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention is given at this logical length: pages [L, H, width] and slots in use [L, H], both int32."""
+        return page_rows(
+            self.tables,
+            torch.tensor([self.slot], dtype=torch.int32),
+            torch.tensor([length], dtype=torch.int32),
+            self.cache.block_table(self.plan.full_pages, length),
+        )
+
+    def compacted(self, layer: int, head: int) -> torch.Tensor:
+        """Compacted pages of one layer and head, in order: int64. These are all there are while the tail is empty."""
+        pages, lengths = self.rows(self.plan.full_pages * self.plan.page_size)
+        assert lengths[layer, head] % self.plan.page_size == 0
+        return pages[layer, head, : int(lengths[layer, head]) // self.plan.page_size].long()
+
 
 def compress(cache: PagedCache, order: dict[str, Any], chunks: list[int] | None = None) -> Run:
     """The whole life of a prompt, in these chunks or at once."""
@@ -141,9 +166,9 @@ def compress(cache: PagedCache, order: dict[str, Any], chunks: list[int] | None 
     plan = cache.start(compressor, order)
     cache.feed(compressor, chunks or [cache.prompt_len])
     report = cache.compact(compressor, plan)
-    table = compressor.table("r")
-    assert table is not None
-    return Run(cache, plan, before, report, table, compressor.kept_positions("r"))
+    slot = compressor.slot("r")
+    assert slot is not None
+    return Run(cache, plan, before, report, compressor.tables, slot, compressor.kept_positions("r"))
 
 
 def positions_of(kept: list[list[torch.Tensor]]) -> list[list[list[int]]]:

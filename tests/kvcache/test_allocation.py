@@ -16,6 +16,7 @@ from kvcache.compressor import Compressor
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 from kvcache.registry import make_policy
+from kvcache.tables import PageTables
 from tests.kvcache.brute_force import shared
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
@@ -121,7 +122,8 @@ def page_counts(words: dict[str, object], plan: RetentionPlan, num_layers: int) 
     codec = PermutedCodec.plain(plan.page_size, 4)
     policy = make_policy(words)
     assert policy is not None
-    return Compressor(geometry, codec, torch.empty(0), num_heads=2, scale=1.0)._page_counts(policy, plan)
+    tables = PageTables(geometry, slots=1, width=1)
+    return Compressor(geometry, codec, torch.empty(0), tables, scale=1.0)._page_counts(policy, plan)
 
 
 @quick

@@ -65,9 +65,10 @@ def test_sinks_and_recent_tokens_stay(run: Run, policy: str) -> None:
 
 def test_counts_are_exact(run: Run) -> None:
     plan, geometry = run.plan, run.cache.geometry
-    assert run.table.counts.sum() == plan.kept_pages * geometry.num_layers * geometry.num_kv_heads
+    counts = run.tables.counts[run.slot]
+    assert counts.sum() == plan.kept_pages * geometry.num_layers * geometry.num_kv_heads
     for layer, head, positions in run.heads():
-        assert len(positions) == run.table.counts[layer, head] * PAGE
+        assert len(positions) == counts[layer, head] * PAGE == len(run.compacted(layer, head)) * PAGE
     assert len(run.report.layer_tokens) == geometry.num_layers
     for layer, tokens in enumerate(run.report.layer_tokens):
         assert tokens == sum(len(positions) for positions in run.kept[layer]) / geometry.num_kv_heads + plan.tail
@@ -84,9 +85,7 @@ def test_only_policies_that_say_so_have_layers_of_different_length(run: Run, pol
 def test_compacted_pages_hold_exactly_the_kept_tokens(run: Run) -> None:
     cache = run.cache
     for layer, head, positions in run.heads():
-        keys, values = cache.codec.unpack(
-            cache.pages[run.table.compacted(layer).split(run.table.counts[layer].tolist())[head]]
-        )
+        keys, values = cache.codec.unpack(cache.pages[run.compacted(layer, head)])
         assert torch.equal(keys.flatten(0, 1), cache.keys[layer, head, positions])
         assert torch.equal(values.flatten(0, 1), cache.values[layer, head, positions])
 
@@ -95,9 +94,7 @@ def test_nothing_else_is_written(run: Run) -> None:
     target = run.cache.geometry.pool_of(run.cache.free[: run.plan.kept_pages])
     changed = (bits(run.cache.pages) != bits(run.before)).any(1).nonzero().flatten()
     assert changed.tolist() == target.sort().values.tolist()
-    held = torch.cat(
-        [run.table.compacted(layer).split(run.table.counts[layer].tolist())[head] for layer, head, _ in run.heads()]
-    )
+    held = torch.cat([run.compacted(layer, head) for layer, head, _ in run.heads()])
     assert held.sort().values.tolist() == target.sort().values.tolist()
 
 
@@ -114,8 +111,7 @@ def test_attention_over_the_pages_is_dense_attention_without_the_evicted(run: Ru
     for step in (1, 5, NEW - 6):
         cache.write(length, length + step, pages)
         first, length = length, length + step
-        run.table.append(cache.blocks[plan.full_pages : -(-length // PAGE)])
-        physical, rows = run.table.physical_lengths(length), run.table.rows()
+        rows, physical = run.rows(length)
         for layer, head, positions in run.heads():
             queries = cache.queries[layer, first:length, head * group : (head + 1) * group]
             slots = int(physical[layer, head])

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from kvcache.compressor import Compact, Start
+import kvcache.compressor
+from attention_plugins.page_rows import page_rows
+from kvcache.compressor import Compact, Compressor, Start
 from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policies
-from tests.kvcache.synthetic import PAGE, SINKS, WINDOW, PagedCache, compress, positions_of, words
+from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
 
 ALL = sorted(policies())
 QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
@@ -101,20 +103,20 @@ def test_start_again_forgets_queries(policy: str) -> None:
 def test_start_again_forgets_the_table_and_finish_forgets_all(policy: str) -> None:
     cache = PagedCache(PROMPT)
     compressor = cache.compressor()
-    assert compressor.table("r") is None and compressor.window("r") is None
+    assert compressor.slot("r") is None and compressor.window("r") is None
     kept = []
     for _ in range(2):
         plan = cache.start(compressor, words(policy, BUDGET))
-        assert compressor.table("r") is None
+        assert compressor.slot("r") is None
         assert (compressor.window("r") is not None) == (policy in QUERY_AWARE)
         cache.feed(compressor, [PROMPT])
         cache.compact(compressor, plan)
-        assert compressor.table("r") is not None and compressor.window("r") is None
+        assert compressor.slot("r") is not None and compressor.window("r") is None
         kept.append(positions_of(compressor.kept_positions("r")))
     assert kept[0] == kept[1]
     compressor.finish("r")
     compressor.finish("r")
-    assert compressor.table("r") is None and not compressor.requests
+    assert compressor.slot("r") is None and not compressor.requests
 
 
 @pytest.mark.parametrize("policy", ALL)
@@ -131,6 +133,84 @@ def test_neighbours_do_not_change_a_kept_set(policy: str) -> None:
     cache.compact(compressor, plan)
     compressor.finish("other")
     assert positions_of(compressor.kept_positions("r")) == positions_of(alone.kept)
+
+
+def test_compacted_requests_have_tables_of_their_own() -> None:
+    """Two of one prompt at once, in pages of their own: each has the rows it would have alone."""
+    cache = PagedCache(PROMPT)
+    compressor, orders = cache.compressor(slots=2), {"a": words("pyramidkv", BUDGET), "b": words("snapkv", 90)}
+    source, free = cache.blocks.tolist(), cache.free.tolist()
+    targets: dict[str, list[int]] = {}
+    for name, order in orders.items():
+        plan = cache.start(compressor, order, name)
+        cache.feed(compressor, [PROMPT], name)
+        targets[name], free = free[: plan.kept_pages], free[plan.kept_pages :]
+    for name, target in targets.items():
+        compressor.compact(Compact(name, source, target)).finish()
+    slots = [compressor.slot(name) for name in orders]
+    assert sorted(slot for slot in slots if slot is not None) == [0, 1]
+    table = cache.block_table(PROMPT // PAGE, PROMPT).expand(2, -1)
+    pages, lengths = page_rows(
+        compressor.tables,
+        torch.tensor(slots, dtype=torch.int32),
+        torch.full((2,), PROMPT, dtype=torch.int32),
+        table,
+    )
+    heads, held = cache.geometry.num_kv_heads, []
+    for i, (name, order) in enumerate(orders.items()):
+        alone = compress(PagedCache(PROMPT), order)
+        assert positions_of(compressor.kept_positions(name)) == positions_of(alone.kept)
+        for layer, head, positions in alone.heads():
+            at = (layer, i * heads + head)
+            assert lengths[at] == len(positions) + PROMPT % PAGE
+            own = pages[at][: len(positions) // PAGE].long()
+            keys, values = cache.codec.unpack(cache.pages[own])
+            assert torch.equal(keys.flatten(0, 1), cache.keys[layer, head, positions])
+            assert torch.equal(values.flatten(0, 1), cache.values[layer, head, positions])
+            held += own.tolist()
+    assert sorted(held) == sorted(cache.geometry.pool_of(torch.tensor(targets["a"] + targets["b"])).tolist())
+
+
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("layers_at_once", [0, 1, 3, 5])
+def test_layers_may_be_taken_a_few_at_a_time(policy: str, layers_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only memory is bounded, and one layer is the least that is taken: same tokens, same pages."""
+    whole = compress(PagedCache(PROMPT, num_layers=5), words(policy, BUDGET))
+    below_tail = PROMPT // PAGE * PAGE
+    monkeypatch.setattr(kvcache.compressor, "_MAX_SCORES", layers_at_once * 2 * below_tail)
+    parts = compress(PagedCache(PROMPT, num_layers=5), words(policy, BUDGET))
+    assert positions_of(parts.kept) == positions_of(whole.kept)
+    assert torch.equal(bits(parts.cache.pages), bits(whole.cache.pages))
+    assert torch.equal(parts.rows(PROMPT)[0], whole.rows(PROMPT)[0])
+    assert parts.report.layer_tokens == whole.report.layer_tokens
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_positions_are_forgotten_unless_asked_for(policy: str) -> None:
+    asked = compress(PagedCache(PROMPT), words(policy, BUDGET))
+    cache = PagedCache(PROMPT)
+    tables = cache.compressor().tables
+    compressor = Compressor(cache.geometry, cache.codec, cache.pages, tables, scale=SCALE)
+    plan = cache.start(compressor, words(policy, BUDGET))
+    cache.feed(compressor, [PROMPT])
+    cache.compact(compressor, plan)
+    assert compressor.kept_positions("r") == []
+    assert torch.equal(bits(cache.pages), bits(asked.cache.pages))
+
+
+def test_report_may_be_read_late_and_twice() -> None:
+    """Its numbers are those of the compaction, whatever came after."""
+    cache = PagedCache(PROMPT)
+    spoil(cache, 0, 0, 40)
+    compressor = cache.compressor()
+    plan = cache.start(compressor, words("l2norm", BUDGET))
+    pending = compressor.compact(Compact("r", cache.blocks.tolist(), cache.free[: plan.kept_pages].tolist()))
+    compressor.finish("r")
+    cache.pages.fill_(float("nan"))
+    report = pending.finish()
+    assert report == pending.finish()
+    assert (report.request_id, report.nan_scores) == ("r", 1) and 0 < report.seconds < 60
+    assert report.layer_tokens == [float(plan.kept_tokens)] * 4
 
 
 @pytest.mark.parametrize("policy", ALL)
@@ -174,6 +254,32 @@ def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str) -
     assert run.report.nan_scores == {"l2norm": 1, "snapkv": whole_head, "pyramidkv": whole_head}.get(policy, 0)
     forced = {*range(SINKS), *range(160 - built(words(policy, BUDGET)).recent, 160)}
     assert forced <= set(run.kept[1][0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("policy", "position", "counted"),
+    [
+        ("l2norm", 143, 1),
+        ("l2norm", 144, 0),
+        ("l2norm", 149, 0),
+        ("snapkv", 40, 144),
+        ("snapkv", 149, 144),
+        ("pyramidkv", 146, 144),
+        ("streamingllm", 40, 0),
+    ],
+)
+def test_nan_scores_are_counted_below_the_tail(policy: str, position: int, counted: int) -> None:
+    """The tail (144 ... 149 of 150) stays in any case. A NaN key there makes the window's votes NaN all the same."""
+    cache = PagedCache(PROMPT)
+    spoil(cache, 3, 1, position)
+    assert compress(cache, words(policy, BUDGET)).report.nan_scores == counted
+
+
+def test_nan_scores_of_a_window_that_reaches_below_the_tail_are_not_counted() -> None:
+    """Six window tokens with a tail of two: four of them lie below it, and have no votes."""
+    cache = PagedCache(146)
+    spoil(cache, 1, 0, 40)
+    assert compress(cache, words("snapkv", BUDGET)).report.nan_scores == 140
 
 
 def test_random_depends_on_its_seed_and_differs_over_layers_and_heads() -> None:

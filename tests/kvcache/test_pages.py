@@ -1,28 +1,26 @@
-"""Page numbers, page layouts and page tables, against plain lists."""
+"""Page numbers and page layouts, against plain lists."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvcache.pages import PageGeometry, PageTable, PermutedCodec
+from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry, PermutedCodec
+from tests.kvcache.plain_tables import BLOCK_MAJOR, BLOCKS, HEADS, LAYER_MAJOR, LAYERS, PAGE, grid, page_of
 from tests.kvcache.synthetic import bits
 
-LAYERS, HEADS, BLOCKS, PAGE = 3, 2, 50, 4
-BLOCK_MAJOR = PageGeometry(tuple(HEADS * layer for layer in range(LAYERS)), HEADS * LAYERS, HEADS, PAGE, 8)
-LAYER_MAJOR = PageGeometry(tuple(HEADS * BLOCKS * layer + 5 for layer in range(LAYERS)), HEADS, HEADS, PAGE, 8)
+DIM = 8
 GEOMETRIES = pytest.mark.parametrize("geometry", [BLOCK_MAJOR, LAYER_MAJOR], ids=["block-major", "layer-major"])
-COUNTS = torch.tensor([[5, 5], [1, 3], [2, 0]])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+PERMUTED = PermutedCodec(torch.randperm(2 * PAGE * DIM, generator=torch.Generator().manual_seed(1)), PAGE, DIM)
+CODECS = pytest.mark.parametrize("codec", [PERMUTED, InterleavedCodec(PAGE, DIM)], ids=["permuted", "interleaved"])
 
 
-def page_of(geometry: PageGeometry, layer: int, block: int, head: int) -> int:
-    if geometry is BLOCK_MAJOR:
-        return (block * LAYERS + layer) * HEADS + head
-    return 5 + (layer * BLOCKS + block) * HEADS + head
-
-
-def grid() -> list[tuple[int, int]]:
-    return [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+def place(codec: PageCodec, part: int, token: int, i: int) -> int:
+    """Where in a page number `i` of a token's key (part 0) or value (part 1) lies."""
+    if isinstance(codec, PermutedCodec):
+        return int(codec.order[(part * PAGE + token) * DIM + i])
+    return (token * 2 + part) * DIM + i
 
 
 @GEOMETRIES
@@ -38,68 +36,51 @@ def test_page_numbers(geometry: PageGeometry) -> None:
     assert len(everything.unique()) == LAYERS * HEADS * BLOCKS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_codec_puts_every_element_in_its_place_and_back(dtype: torch.dtype) -> None:
-    order = torch.randperm(2 * PAGE * 8)
-    codec = PermutedCodec(order, PAGE, 8)
-    keys, values = torch.randn(3, 2, PAGE, 8).to(dtype), torch.randn(3, 2, PAGE, 8).to(dtype)
+@CODECS
+@DTYPES
+def test_codec_puts_every_element_in_its_place_and_back(codec: PageCodec, dtype: torch.dtype) -> None:
+    keys, values = torch.randn(3, 2, PAGE, DIM).to(dtype), torch.randn(3, 2, PAGE, DIM).to(dtype)
     pages = codec.pack(keys, values)
-    assert pages.shape == (3, 2, 2 * PAGE * 8) and pages.dtype == dtype
+    assert pages.shape == (3, 2, 2 * PAGE * DIM) and pages.dtype == dtype
     for token in range(PAGE):
-        for i in range(8):
-            assert torch.equal(pages[..., order[token * 8 + i]], keys[..., token, i])
-            assert torch.equal(pages[..., order[(PAGE + token) * 8 + i]], values[..., token, i])
+        for i in range(DIM):
+            assert torch.equal(pages[..., place(codec, 0, token, i)], keys[..., token, i])
+            assert torch.equal(pages[..., place(codec, 1, token, i)], values[..., token, i])
     unpacked = codec.unpack(pages)
     assert torch.equal(unpacked[0], keys) and torch.equal(unpacked[1], values)
-    nan = torch.full((1, 2 * PAGE * 8), float("nan"))
+    nan = torch.full((1, 2 * PAGE * DIM), float("nan"))
     assert torch.equal(bits(codec.pack(*codec.unpack(nan))), bits(nan))
 
 
 def test_plain_codec_is_keys_then_values() -> None:
-    keys, values = PermutedCodec.plain(PAGE, 8).unpack(torch.arange(2.0 * PAGE * 8))
-    assert torch.cat([keys.flatten(), values.flatten()]).tolist() == list(range(2 * PAGE * 8))
-    assert keys[1, 0] == 8 and values[0, 0] == PAGE * 8
+    keys, values = PermutedCodec.plain(PAGE, DIM).unpack(torch.arange(2.0 * PAGE * DIM))
+    assert torch.cat([keys.flatten(), values.flatten()]).tolist() == list(range(2 * PAGE * DIM))
+    assert keys[1, 0] == DIM and values[0, 0] == PAGE * DIM
 
 
-@GEOMETRIES
-def test_table_grows_with_appended_blocks(geometry: PageGeometry) -> None:
-    """From nothing appended to forty blocks, in uneven steps, with repeats: each row against a list."""
-    pool = torch.randperm(200)[: int(COUNTS.sum())] + 300
-    table = PageTable(geometry, COUNTS, pool, first_block=6)
-    remaining = pool.tolist()
-    expected: dict[tuple[int, int], list[int]] = {}
-    for layer, head in grid():
-        count = int(COUNTS[layer, head])
-        expected[layer, head], remaining = remaining[:count], remaining[count:]
-    compacted = {place: list(pages) for place, pages in expected.items()}
-    blocks = torch.randperm(BLOCKS, dtype=torch.int32)
-    done = 0
-    for length in (0, 1, 1, 2, 3, 7, 8, 9, 10, 11, 30, 30, 31, 40):
-        table.append(blocks[:length])
-        for layer, head in grid():
-            expected[layer, head] += [page_of(geometry, layer, b, head) for b in blocks[done:length].tolist()]
-        done = length
-        rows = table.rows()
-        assert rows.shape == (LAYERS, HEADS, int(COUNTS.max()) + length) and rows.dtype == torch.int32
-        for layer, head in grid():
-            pages = expected[layer, head]
-            assert rows[layer, head].tolist() == pages + [0] * (rows.shape[-1] - len(pages))
-            assert table.compacted(layer).split(table.counts[layer].tolist())[head].tolist() == compacted[layer, head]
-    assert table.num_appended == 40
+@CODECS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("num_tokens", [0, 1, 30])
+def test_copied_tokens_keep_their_bits(codec: PageCodec, dtype: torch.dtype, num_tokens: int) -> None:
+    """Any bits, NaNs of all kinds among them; sources repeat, and come from and go to any place in a page."""
+    num_pages, generator = 20, torch.Generator().manual_seed(num_tokens)
+    size = 2 * PAGE * DIM * dtype.itemsize
+    content = torch.randint(0, 256, (num_pages, size), dtype=torch.uint8, generator=generator)
+    content[3] = 0xFF  # NaN in every one of these types, as negative as can be
+    pages = content.clone().view(dtype)
+    if dtype.is_floating_point:
+        assert pages.float().isnan().any()
+    slots = torch.randperm(num_pages * PAGE, generator=generator)
+    source = torch.cat([slots[40:], torch.arange(3 * PAGE, 4 * PAGE)])
+    source = source[torch.randint(0, len(source), (num_tokens,), generator=generator)]
+    target = slots[~torch.isin(slots, source)][:num_tokens]
+    codec.copy_tokens(pages, source, target)
 
-
-@pytest.mark.parametrize("pages", [0, 15, 17])
-def test_pool_of_another_size_is_an_error(pages: int) -> None:
-    with pytest.raises(ValueError, match=f"16 pages wanted, the pool has {pages}"):
-        PageTable(BLOCK_MAJOR, COUNTS, torch.arange(pages), first_block=0)
-
-
-def test_physical_lengths() -> None:
-    """A prompt of 26 tokens: 6 full pages and a tail of 2; then one token after another."""
-    table = PageTable(BLOCK_MAJOR, COUNTS, torch.arange(16), first_block=6)
-    assert table.physical_lengths(26).dtype == torch.int32
-    for length in range(26, 60):
-        slots = [[int(count) * PAGE + length - 24 for count in row] for row in COUNTS]
-        assert table.physical_lengths(length).tolist() == slots
-    table.append(torch.arange(9))
-    assert table.physical_lengths(60)[0, 0] == 5 * PAGE + 9 * PAGE, "every appended slot is in use"
+    expected = content.view(num_pages, 2 * PAGE * DIM, dtype.itemsize).tolist()
+    before = content.view(num_pages, 2 * PAGE * DIM, dtype.itemsize).tolist()
+    for one, other in zip(source.tolist(), target.tolist(), strict=True):
+        for part in range(2):
+            for i in range(DIM):
+                to, origin = place(codec, part, other % PAGE, i), place(codec, part, one % PAGE, i)
+                expected[other // PAGE][to] = before[one // PAGE][origin]
+    assert pages.view(torch.uint8).view(num_pages, 2 * PAGE * DIM, dtype.itemsize).tolist() == expected

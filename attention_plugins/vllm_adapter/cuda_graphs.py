@@ -1,0 +1,80 @@
+"""FULL CUDA graphs for batches with compacted rows, beside vLLM's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
+
+from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime
+
+logger = init_logger(__name__)
+
+
+class CompressionGraphs(ModelCudaGraphManager):
+    """vLLM's graphs for dense batches, and one more set for each kind of batch that has compacted rows.
+
+    A graph fixes which kernels run, so a batch with compacted rows can't use a dense batch's; a dense batch runs
+    exactly vLLM's. All sets have the same sizes. Steps with a prompt in them run in piecewise graphs, as in vLLM,
+    whose attention is outside.
+    """
+
+    def __init__(self, stock: ModelCudaGraphManager, runtime: CompressionRuntime) -> None:
+        """
+        Args:
+            stock: vLLM's manager, not captured yet; it is replaced by this one.
+            runtime: says which kind of batch comes next, and is told which graph runs.
+        """
+        sizes: dict[str, Any] = {
+            "vllm_config": stock.vllm_config,
+            "device": stock.device,
+            "decode_query_len": stock.decode_query_len,
+            "lora_capture_cases": stock.lora_capture_cases,
+        }
+        super().__init__(cudagraph_mode=stock.cudagraph_mode, **sizes)
+        self.runtime = runtime
+        self.by_kind: dict[BatchKind, ModelCudaGraphManager] = {}
+        if stock.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            for kind in (BatchKind.COMPACTED, BatchKind.MIXED):
+                self.by_kind[kind] = ModelCudaGraphManager(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, **sizes)
+
+    def capture(self, *args: Any, **kwargs: Any) -> None:
+        super().capture(*args, **kwargs)
+        free = torch.accelerator.get_memory_info()[0]
+        for kind, graphs in self.by_kind.items():
+            self.runtime.graph = kind
+            graphs.capture(*args, **{**kwargs, "progress_bar_desc": f"Capturing CUDA graphs, {kind} batches"})
+        self.runtime.graph = None
+        taken = free - torch.accelerator.get_memory_info()[0]
+        number = sum(len(graphs.graphs) for graphs in self.by_kind.values())
+        logger.info("%d CUDA graphs of compression took %.2f GiB", number, taken / (1 << 30))
+
+    def dispatch(
+        self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, num_active_loras: int, **kwargs: Any
+    ) -> BatchExecutionDescriptor:
+        kind, recording = self.runtime.kind, self.runtime.recording
+        if recording:  # keeping queries is Python's work, which FULL graphs don't run
+            uniform_token_count = None
+        elif graphs := self.by_kind.get(kind):
+            desc = graphs.dispatch(num_reqs, num_tokens, uniform_token_count, num_active_loras, **kwargs)
+            if desc.cg_mode == CUDAGraphMode.FULL:
+                self.runtime.graph = kind
+                return desc
+            uniform_token_count = None
+        desc = super().dispatch(num_reqs, num_tokens, uniform_token_count, num_active_loras, **kwargs)
+        if desc.cg_mode == CUDAGraphMode.FULL and (recording or kind is not BatchKind.DENSE):
+            # Only where vLLM was asked for FULL graphs of mixed batches: then such a step runs without a graph.
+            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+        return desc
+
+    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
+        graphs = self.by_kind.get(self.runtime.graph) if self.runtime.graph else None
+        return graphs.run_fullgraph(desc) if graphs else super().run_fullgraph(desc)
+
+    def release_graphs(self) -> None:
+        super().release_graphs()
+        for graphs in self.by_kind.values():
+            graphs.release_graphs()

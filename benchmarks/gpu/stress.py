@@ -1,0 +1,146 @@
+"""Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
+every answer has to be what the request gets alone.
+
+VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600] [--stock]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu.engine import build, say
+
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "none"},
+    {"policy": "snapkv", "budget": 256},
+    {"policy": "snapkv", "budget": "30%"},
+    {"policy": "pyramidkv", "budget": 512},
+    {"policy": "l2norm", "budget": 384},
+    {"policy": "streamingllm", "budget": 128},
+    {"policy": "random", "budget": 200},
+]
+
+
+@dataclass
+class Job:
+    name: str
+    prompt: list[int]
+    words: dict[str, Any]
+    tokens: int
+    abort_after: int | None
+    answer: tuple[int, ...] = ()
+    preemptions: int = 0
+
+
+def make_jobs(number: int, vocabulary: int) -> list[Job]:
+    """Prompts of 20 to 7,000 tokens; every third one begins like others."""
+    choose = random.Random(7)
+    shared = [[choose.randrange(100, vocabulary) for _ in range(2000)] for _ in range(3)]
+    jobs = []
+    for i in range(number):
+        length = int(20 * (7000 / 20) ** choose.random())
+        prompt = [choose.randrange(100, vocabulary) for _ in range(length)]
+        if i % 3 == 0:
+            prompt = (choose.choice(shared) + prompt)[:7000]
+        abort = choose.randrange(1, 40) if i % 5 == 4 else None
+        jobs.append(Job(f"r{i}", prompt, POLICIES[i % len(POLICIES)], choose.randrange(40, 200), abort))
+    return jobs
+
+
+class Invariants:
+    """What must hold between any two steps."""
+
+    def __init__(self, engine: Any) -> None:
+        core = engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.pool = core.scheduler.kv_cache_manager.block_pool
+        self.blocks = core.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.checks = self.peak = 0
+
+    def targets(self) -> list[Any]:
+        return list(getattr(self.blocks, "target_blocks", {}).values())
+
+    def check(self) -> None:
+        owned = {
+            block.block_id: block
+            for blocks in [*self.blocks.req_to_blocks.values(), *self.targets()]
+            for block in blocks
+            if not block.is_null
+        }
+        used = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+        assert used == len(owned), f"{used} blocks in use, {len(owned)} owned"
+        targets = [block.block_id for blocks in self.targets() for block in blocks]
+        assert len(targets) == len(set(targets)), "a target block has two owners"
+        assert all(owned[target].ref_cnt == 1 for target in targets), "a target block is shared"
+        self.checks, self.peak = self.checks + 1, max(self.peak, used)
+
+
+def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
+    from vllm import SamplingParams
+
+    engine, by_name = llm.llm_engine, {job.name: job for job in jobs}
+    for job in jobs:
+        params = SamplingParams(
+            max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args={"kv_cache": job.words}
+        )
+        engine.add_request(job.name, {"prompt_token_ids": job.prompt}, params)
+    while engine.has_unfinished_requests():
+        aborted = []
+        for output in engine.step():
+            job = by_name[output.request_id]
+            job.answer = tuple(output.outputs[0].token_ids)
+            if job.abort_after is not None and len(job.answer) >= job.abort_after and not output.finished:
+                aborted.append(job.name)
+        for request in invariants.scheduler.requests.values():
+            job = by_name[request.request_id.rpartition("-")[0]]
+            job.preemptions = max(job.preemptions, request.num_preemptions)
+        if aborted:
+            engine.abort_request(aborted)
+        invariants.check()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=2600)
+    parser.add_argument("--stock", action="store_true", help="vLLM as it is, no policies: how invariant it is itself")
+    parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
+    args = parser.parse_args()
+    llm = build(
+        args.model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.5,
+        max_num_batched_tokens=2048, max_num_seqs=256, num_gpu_blocks_override=args.blocks,
+    )  # fmt: skip
+    invariants = Invariants(llm.llm_engine)
+    jobs = make_jobs(args.requests, 49000)
+    if args.stock:
+        for job in jobs:
+            job.words = {"policy": "none"}
+    began = time.perf_counter()
+    run(llm, jobs, invariants)
+    say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), blocks=args.blocks,
+        peak_blocks=invariants.peak, preemptions=sum(job.preemptions for job in jobs),
+        preempted_with_policy=sum(bool(job.preemptions) and job.words["policy"] != "none" for job in jobs),
+        invariant_checks=invariants.checks, seconds=round(time.perf_counter() - began, 1),
+        compactions=0 if args.stock else sum(
+            int(totals["compactions"]) for totals in invariants.scheduler.compression_totals.by_policy.values()
+        ))  # fmt: skip
+    used = invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks()
+    same, different = 0, []
+    for job in jobs[: args.alone]:
+        alone = Job(job.name, job.prompt, job.words, job.tokens, None)
+        llm.reset_prefix_cache()
+        run(llm, [alone], invariants)
+        if alone.answer[: len(job.answer)] == job.answer:
+            same += 1
+        else:
+            different.append((job.name, job.words["policy"], len(job.prompt), job.preemptions))
+    say(blocks_leaked=used, compared_with_alone=min(args.alone, len(jobs)), same=same, different=different)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""`kvcache.scorers.window_attention` over paged keys: memory grows with the prompt, never with its square.
+
+Three launches a layer: the softmax's denominators, the votes of every query head, pooling and group reduction.
+Logits are in powers of two.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcache.evidence import PagedEvidence
+from kvcache.pages import InterleavedCodec
+
+_PROGRAMS = 264  # two for each multiprocessor of an H100
+_MAX_SPLITS = 64
+
+
+@triton.jit
+def _load_keys(
+    pages, blocks, position, length, base, block_stride, head,
+    PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
+):  # fmt: skip
+    """Keys of these positions: [positions, DIM_2]; zeros behind `length`."""
+    there = position < length
+    page = base + tl.load(blocks + position // PAGE, mask=there, other=0).to(tl.int64) * block_stride + head
+    at = (page * PAGE + position % PAGE) * (2 * DIM)
+    dim = tl.arange(0, DIM_2)
+    return tl.load(pages + at[:, None] + dim, mask=there[:, None] & (dim < DIM), other=0.0)
+
+
+# Numbers that differ from request to request are no compile-time constants: a new one must not wait for a compiler.
+_VARYING = ["base", "length", "keys_each", "splits", "window", "n", "kernel"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _denominators(
+    queries, pages, blocks, partial, base, block_stride, length, window, scale, splits, keys_each,
+    HEADS: tl.constexpr, GROUP: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Log2 of the sum of exponentials of a part of the keys, for each row (query head of the group, query)."""
+    head, split = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real = row < GROUP * window
+    member, query = row // window, row % window
+    dim = tl.arange(0, DIM_2)
+    at = (query * HEADS * GROUP + head * GROUP + member) * DIM
+    q = tl.load(queries + at[:, None] + dim, mask=real[:, None] & (dim < DIM), other=0.0)
+    last = length - window + query
+    most = tl.full([ROWS], -1e38, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first = split * keys_each
+    for start in range(first, tl.minimum(first + keys_each, length), KEYS):
+        position = start + tl.arange(0, KEYS)
+        k = _load_keys(pages, blocks, position, length, base, block_stride, head, PAGE, DIM, DIM_2)
+        logits = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+        seen = position[None, :] <= last[:, None]
+        new = tl.maximum(most, tl.max(tl.where(seen, logits, -1e38), 1))
+        power = tl.where(seen, tl.exp2(logits - new[:, None]), 0.0)
+        total = total * tl.exp2(most - new) + tl.sum(power, 1)
+        most = new
+    out = (head * GROUP * window + row) * splits + split
+    tl.store(partial + out, most + tl.log2(total), mask=real)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _votes(
+    queries, pages, blocks, partial, votes, base, block_stride, length, window, scale, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Mean over the window of the probabilities, for each query head and key before the window."""
+    head = tl.program_id(0)
+    position = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    k = _load_keys(pages, blocks, position, length, base, block_stride, head, PAGE, DIM, DIM_2)
+    dim, split = tl.arange(0, DIM_2), tl.arange(0, SPLITS)
+    before = length - window
+    for member in range(GROUP):
+        vote = tl.zeros([KEYS], tl.float32)
+        for start in range(0, window, ROWS):
+            query = start + tl.arange(0, ROWS)
+            real = query < window
+            at = (query * HEADS * GROUP + head * GROUP + member) * DIM
+            q = tl.load(queries + at[:, None] + dim, mask=real[:, None] & (dim < DIM), other=0.0)
+            row = (head * GROUP + member) * window + query
+            parts = tl.load(
+                partial + row[:, None] * splits + split, mask=real[:, None] & (split < splits), other=float("-inf")
+            )
+            most = tl.max(tl.where(real[:, None], parts, 0.0), 1)
+            denominator = most + tl.log2(tl.sum(tl.exp2(parts - most[:, None]), 1))
+            logits = tl.dot(k.to(q.dtype), tl.trans(q)) * scale
+            vote += tl.sum(tl.where(real, tl.exp2(logits - denominator), 0.0), 1)
+        out = (head * GROUP + member).to(tl.int64) * before + position
+        tl.store(votes + out, vote / window, mask=position < before)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _pool(
+    votes, scores, n, kernel,
+    GROUP: tl.constexpr, MAX_POOL: tl.constexpr, REDUCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pooling over positions, then the group's query heads to their KV head. REDUCE: 0 sum, 1 mean, 2 max."""
+    head = tl.program_id(0)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.zeros([BLOCK], tl.float32)
+    for member in range(GROUP):
+        row = votes + (head * GROUP + member).to(tl.int64) * n
+        pooled = tl.zeros([BLOCK], tl.float32)
+        for offset in range(kernel):
+            at = position + offset - kernel // 2
+            value = tl.load(row + at, mask=(at >= 0) & (at < n), other=0.0)
+            if MAX_POOL:
+                pooled = tl.maximum(pooled, value, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                pooled += value
+        if not MAX_POOL:
+            pooled = pooled / kernel
+        if REDUCE == 2:
+            result = tl.maximum(result, pooled, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            result += pooled
+    if REDUCE == 1:
+        result = result / GROUP
+    tl.store(scores + head.to(tl.int64) * n + position, result, mask=position < n)
+
+
+def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, group_reduce: str) -> torch.Tensor:
+    """See `kvcache.scorers.window_votes`; groups are reduced after the softmax.
+
+    bf16 and fp16 keys and queries are multiplied as they are, fp8 ones as bf16; sums are float32.
+
+    Returns:
+        float32 [num_kv_heads, prompt_len - w].
+
+    Raises:
+        ValueError: the evidence has no queries, or the cache isn't laid out token by token.
+    """
+    queries, g = evidence.raw_queries, evidence.geometry
+    if queries is None:
+        raise ValueError("the prompt's last queries are needed and were not kept")
+    if not isinstance(evidence.codec, InterleavedCodec):
+        raise ValueError(f"the kernels read an InterleavedCodec's pages, not {type(evidence.codec).__name__}'s")
+    num_kv_heads, length, dim = evidence.shape
+    window, num_heads, _ = queries.shape
+    group, before = num_heads // num_kv_heads, length - window
+    pages = evidence.pages
+    if pages.element_size() == 1:
+        pages = pages.view(torch.float8_e4m3fn)
+    if queries.dtype == torch.float8_e4m3fn:
+        queries = queries.to(torch.bfloat16)
+    dim_2 = max(16, triton.next_power_of_2(dim))
+    rows, keys = 128 if dim_2 <= 128 else 64, 64
+    tiles = triton.cdiv(group * window, rows)
+    splits = max(1, min(triton.cdiv(length, 8 * keys), _PROGRAMS // (num_kv_heads * tiles), _MAX_SPLITS))
+    keys_each = triton.cdiv(triton.cdiv(length, splits), keys) * keys
+    splits = triton.cdiv(length, keys_each)
+    device = pages.device
+    partial = torch.empty(num_heads * window * splits, device=device)
+    votes = torch.empty(num_heads * before, device=device)
+    scores = torch.empty(num_kv_heads, before, device=device)
+    base, stride = g.layer_base[evidence.layer], g.block_stride
+    scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
+    shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": g.page_size, "DIM": dim, "DIM_2": dim_2}
+    _denominators[(num_kv_heads, tiles, splits)](
+        queries, pages, evidence.blocks, partial, base, stride, length, window, scale, splits, keys_each,
+        ROWS=rows, KEYS=keys, **shape, num_warps=4,
+    )  # fmt: skip
+    _votes[(num_kv_heads, triton.cdiv(before, 128))](
+        queries, pages, evidence.blocks, partial, votes, base, stride, length, window, scale, splits,
+        SPLITS=_MAX_SPLITS, **shape,
+        ROWS=32, KEYS=128, num_warps=4,
+    )  # fmt: skip
+    reduce = {"sum": 0, "mean": 1, "max": 2}[group_reduce]
+    _pool[(num_kv_heads, triton.cdiv(before, 1024))](
+        votes, scores, before, 1 if pooling == "none" else kernel,
+        GROUP=group, MAX_POOL=pooling == "max", REDUCE=reduce, BLOCK=1024,
+    )  # fmt: skip
+    return scores
+
+
+def warm_up(evidence: PagedEvidence) -> None:
+    """Compile every kernel that requests may ask for; any evidence of the running cache will do."""
+    for pooling, group_reduce in product(("avg", "max"), ("mean", "max", "sum")):
+        window_votes_paged(evidence, pooling=pooling, kernel=3, group_reduce=group_reduce)
