@@ -68,7 +68,9 @@ def running_server(log: Path, *flags: str) -> Iterator[Server]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "longreach"), "serve", "--port", str(port), *flags]
+    script = Path(sys.executable).parent / "longreach"
+    longreach = [str(script)] if script.exists() else [sys.executable, "-m", "server.cli"]  # not installed: a checkout
+    command = [*longreach, "serve", "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
     server = Server(f"http://127.0.0.1:{port}", log, process)

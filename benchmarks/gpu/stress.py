@@ -1,7 +1,7 @@
 """Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
 every answer has to be what the request gets alone.
 
-VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600] [--stock]
+VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600]
 """
 
 from __future__ import annotations
@@ -103,43 +103,45 @@ def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
         invariants.check()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=2600)
-    parser.add_argument("--stock", action="store_true", help="vLLM as it is, no policies: how invariant it is itself")
-    parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
-    args = parser.parse_args()
-    llm = build(
-        args.model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.5,
-        max_num_batched_tokens=2048, max_num_seqs=256, num_gpu_blocks_override=args.blocks,
-    )  # fmt: skip
-    invariants = Invariants(llm.llm_engine)
-    jobs = make_jobs(args.requests, 49000)
-    if args.stock:
-        for job in jobs:
-            job.words = {"policy": "none"}
+def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> None:
+    """Run all jobs at once, then some again alone; tell how many answers differ."""
     began = time.perf_counter()
     run(llm, jobs, invariants)
-    say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), blocks=args.blocks,
-        peak_blocks=invariants.peak, preemptions=sum(job.preemptions for job in jobs),
-        preempted_with_policy=sum(bool(job.preemptions) and job.words["policy"] != "none" for job in jobs),
+    totals = invariants.scheduler.compression_totals.by_policy.values()
+    say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), peak_blocks=invariants.peak,
+        preemptions=sum(job.preemptions for job in jobs),
+        preempted_with_policy=sum(job.words["policy"] != "none" and job.preemptions > 0 for job in jobs),
         invariant_checks=invariants.checks, seconds=round(time.perf_counter() - began, 1),
-        compactions=0 if args.stock else sum(
-            int(totals["compactions"]) for totals in invariants.scheduler.compression_totals.by_policy.values()
-        ))  # fmt: skip
-    used = invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks()
+        compactions=sum(int(values["compactions"]) for values in totals),
+        blocks_leaked=invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks())  # fmt: skip
     same, different = 0, []
-    for job in jobs[: args.alone]:
-        alone = Job(job.name, job.prompt, job.words, job.tokens, None)
+    for job in jobs[:alone]:
+        again = Job(job.name, job.prompt, job.words, job.tokens, None)
         llm.reset_prefix_cache()
-        run(llm, [alone], invariants)
-        if alone.answer[: len(job.answer)] == job.answer:
+        run(llm, [again], invariants)
+        if again.answer[: len(job.answer)] == job.answer:
             same += 1
         else:
             different.append((job.name, job.words["policy"], len(job.prompt), job.preemptions))
-    say(blocks_leaked=used, compared_with_alone=min(args.alone, len(jobs)), same=same, different=different)
+    say(compared_with_alone=same + len(different), same=same, different=different)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=2600)
+    parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
+    args = parser.parse_args()
+    llm = build(
+        args.model, max_model_len=8192, gpu_memory_utilization=0.5, max_num_batched_tokens=2048, max_num_seqs=256,
+        num_gpu_blocks_override=args.blocks,
+    )  # fmt: skip
+    invariants, jobs = Invariants(llm.llm_engine), make_jobs(args.requests, 49000)
+    compare(llm, jobs, invariants, args.alone)
+    # Without a policy only vLLM's own code runs: what differs then is its own variance.
+    plain = [Job(job.name, job.prompt, {"policy": "none"}, job.tokens, job.abort_after) for job in jobs]
+    compare(llm, plain, invariants, args.alone // 2)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.platforms import Platform
+from tests import naive_flash
 
 CPU = Platform("cpu", None)
 
@@ -33,3 +34,12 @@ def no_unpacking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder that stands for the embedded model."""
     monkeypatch.setattr("server.arguments.ensure_embedded_model", lambda: tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that vLLM's build for CPUs lacks of what CUDA needs. What is registered for CUDA is forgotten afterwards."""
+    from vllm.v1.attention.backends import registry
+
+    naive_flash.install(monkeypatch)
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})

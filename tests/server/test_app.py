@@ -206,6 +206,62 @@ def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.Monk
         errors.pop(0)
 
 
+class Taken(Exception):
+    """The engine would start now."""
+
+
+@pytest.mark.parametrize(
+    ("platform", "asynchronous", "scheduler"),
+    [
+        (CPU, True, "kvcache.vllm_adapter.scheduler.AsyncCompressionScheduler"),
+        (CPU, False, "kvcache.vllm_adapter.scheduler.CompressionScheduler"),
+        (Platform("cpu", "tests say so"), True, None),
+        (Platform("cpu", "tests say so"), False, None),
+    ],
+)
+def test_the_engine_gets_the_scheduler_that_fits(
+    parse: Parse,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    platform: Platform,
+    asynchronous: bool,
+    scheduler: str | None,
+) -> None:
+    """Our own, and only where policies can run."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    create, configs = AsyncEngineArgs.create_engine_config, []
+
+    def resolve(*args: Any, **kwargs: Any) -> Any:
+        config = create(*args, **kwargs)
+        config.scheduler_config.async_scheduling = asynchronous  # what vLLM makes of it depends on the platform
+        return config
+
+    def start(vllm_config: Any, **_: Any) -> None:
+        configs.append(vllm_config)
+        raise Taken
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", resolve)
+    monkeypatch.setattr("server.app.LongreachLLM.from_vllm_config", start)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    args = parse(str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init", "--port", str(free_port()))
+    prepare(args, platform)
+    with pytest.raises(Taken):
+        asyncio.run(serve(args, {"policy": "none"}, platform))
+    assert [config.scheduler_config.scheduler_cls for config in configs] == [scheduler]
+
+
+def test_the_configuration_is_refused_as_on_its_platform(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    args = parse(str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init", "--port", str(free_port()))
+    args.block_size = 32
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(Unsupported, match="Model Runner V1 on this platform"):
+        asyncio.run(serve(args, {"policy": "none"}, Platform("cuda", None)))
+
+
 def test_told_to_stop_while_the_engine_starts(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM waits for the engine where exceptions of signal handlers are swallowed, but sees it die."""
 

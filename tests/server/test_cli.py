@@ -96,8 +96,7 @@ def test_a_named_model_is_served_as_asked(run: Run, tmp_path: Path) -> None:
     assert outcome.args is not None
     assert outcome.platform == Platform("cpu", None)
     assert (outcome.args.block_size, outcome.args.enforce_eager) == (32, True)
-    assert outcome.args.worker_cls.startswith("attention_plugins.")
-    assert outcome.args.scheduler_cls.startswith("kvcache.")
+    assert outcome.args.worker_cls == "attention_plugins.vllm_adapter.cpu_worker.CPUCompressionWorker"
 
 
 def test_without_a_model_the_embedded_one_is_served(run: Run, no_unpacking: Path, tmp_path: Path) -> None:
@@ -231,14 +230,41 @@ def test_help_needs_no_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     fails(run("serve", "--kv-policy", "snapkv"), "no device at all")
 
 
-def test_a_gpu_is_served_as_stock_vllm(run: Run, no_unpacking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.platforms.detect", lambda: Platform("cuda", "the CUDA adapter is being built"))
-    outcome = run("serve", "--tensor-parallel-size", "2")
+@pytest.mark.usefixtures("flash_attention")
+def test_a_gpu_that_cannot_run_policies_is_served_as_stock_vllm(
+    run: Run, no_unpacking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unable = Platform("cuda", "policies need FlashAttention")
+    monkeypatch.setattr("server.platforms.detect", lambda: unable)
+    outcome = run("serve", "--tensor-parallel-size", "2", "--attention-backend", "TRITON_ATTN")
     assert outcome.code == 0, outcome.err
     assert outcome.args is not None
     assert (outcome.args.worker_cls, outcome.args.scheduler_cls, outcome.args.block_size) == ("auto", None, None)
+    assert outcome.args.attention_backend == "TRITON_ATTN"
     assert (outcome.args.enforce_eager, outcome.default) == (False, {"policy": "none"})
-    fails(run("serve", "--kv-policy", "snapkv"), "--kv-policy: snapkv is not available: the CUDA adapter")
+    assert outcome.platform == unable
+    fails(run("serve", "--kv-policy", "snapkv"), "--kv-policy: snapkv is not available: policies need FlashAttention")
+
+
+@pytest.mark.usefixtures("flash_attention")
+def test_a_gpu_that_can_gets_our_classes(run: Run, no_unpacking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.platforms.detect", lambda: Platform("cuda", None))
+    outcome = run("serve", "--tensor-parallel-size", "2", "--kv-policy", "snapkv", "--kv-budget", "68")
+    assert outcome.code == 0, outcome.err
+    assert outcome.args is not None
+    assert outcome.args.worker_cls == "attention_plugins.vllm_adapter.cuda_worker.CUDACompressionWorker"
+    assert (outcome.args.attention_backend.name, outcome.args.block_size) == ("CUSTOM", 16)
+    assert (outcome.args.enforce_eager, outcome.args.scheduler_cls) == (False, None)
+    assert outcome.default.items() >= {"policy": "snapkv", "budget": 68}.items()
+    assert outcome.platform == Platform("cuda", None)
+    fails(run("serve", "--kv-policy", "snapkv", "--kv-budget", "67"), "--kv-budget: 67 is too small", ">= 68")
+    fails(run("serve", "--attention-backend", "TRITON_ATTN"), "--attention-backend TRITON_ATTN: not supported")
+    fails(run("serve", "--worker-cls", "my.Worker"), "--worker-cls: not supported")
+
+
+def test_a_gpu_without_what_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.platforms.detect", lambda: Platform("cuda", None))
+    fails(run("serve"), "vllm.vllm_flash_attn.flash_attn_varlen_func is gone")
 
 
 def test_policies_are_listed(run: Run) -> None:

@@ -44,13 +44,30 @@ def test_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("platform", "starts"),
-    [(Platform("cuda", "the adapter is being built"), True), (Platform(NO_DEVICE, "no device"), False)],
+    [(Platform("cuda", "policies need FlashAttention"), True), (Platform(NO_DEVICE, "no device"), False)],
 )
-def test_other_platforms(monkeypatch: pytest.MonkeyPatch, platform: Platform, starts: bool) -> None:
+@pytest.mark.usefixtures("flash_attention")
+def test_platforms_without_policies(monkeypatch: pytest.MonkeyPatch, platform: Platform, starts: bool) -> None:
     monkeypatch.setattr("server.platforms.detect", lambda: platform)
     findings = examine()
     assert Finding(False, f"KV-cache policies: {platform.unavailable}", needed=False) in findings
     assert Finding(starts, f"vLLM's platform: {platform.name}") in findings
+    assert not any(finding.text.startswith("KV-cache policies: ") and finding.ok for finding in findings)
+
+
+@pytest.mark.usefixtures("flash_attention")
+def test_a_gpu_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.platforms.detect", lambda: Platform("cuda", None))
+    assert [finding for finding in examine() if not finding.ok] == []
+    text = texts(True)
+    for words in ("platform: cuda", "everything private", "KV-cache policies: ", "snapkv"):
+        assert words in text
+
+
+def test_a_gpu_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.platforms.detect", lambda: Platform("cuda", None))
+    assert Finding(False, "vllm.vllm_flash_attn.flash_attn_varlen_func is gone") in examine()
+    assert "everything private" not in texts(True)
 
 
 def test_without_the_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
