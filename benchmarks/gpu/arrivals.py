@@ -1,0 +1,114 @@
+"""Requests that arrive at a rate: throughput, time to first token, time per output token, goodput.
+
+python -m benchmarks.gpu.arrivals stock|longreach [--fp8] [--rates 0.4,0.8,1.2] [--requests 200]
+
+A request is good when its first token came within 10 s and its others within 50 ms each, on average. Stock vLLM and
+Longreach get the same arrivals. 8B shapes, random weights, prompts of 32k, answers of 1k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.capacity import BUDGET
+from benchmarks.gpu.engine import build_8b, random_prompt, say
+
+TTFT_LIMIT, TPOT_LIMIT = 10.0, 0.050
+
+
+@dataclass
+class Record:
+    """Seconds since the run's start; `first` and `last` are of output tokens."""
+
+    arrival: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+    @property
+    def ttft(self) -> float:
+        return self.first - self.arrival
+
+    @property
+    def tpot(self) -> float:
+        return (self.last - self.first) / max(1, self.tokens - 1)
+
+
+def arrivals(rate: float, requests: int) -> list[float]:
+    """Poisson arrivals, the same for every system."""
+    choose = random.Random(1)
+    times, now = [], 0.0
+    for _ in range(requests):
+        now += choose.expovariate(rate)
+        times.append(now)
+    return times
+
+
+def run(llm: Any, rate: float, requests: int, prompt: int, output: int, words: dict[str, Any] | None) -> list[Record]:
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    extra = {"kv_cache": words} if words else None
+    params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
+    seed = int(rate * 1e6)
+    prompts = [random_prompt(prompt, seed + i) for i in range(requests)]
+    waiting = list(enumerate(arrivals(rate, requests)))
+    records: dict[str, Record] = {}
+    began = time.perf_counter()
+    while waiting or engine.has_unfinished_requests():
+        now = time.perf_counter() - began
+        while waiting and waiting[0][1] <= now:
+            i, arrival = waiting.pop(0)
+            records[f"r{i}"] = Record(arrival)
+            engine.add_request(f"r{i}", {"prompt_token_ids": prompts[i]}, params)
+        if not engine.has_unfinished_requests():
+            time.sleep(min(0.01, waiting[0][1] - now))
+            continue
+        outputs = engine.step()
+        now = time.perf_counter() - began
+        for one in outputs:
+            record, tokens = records[one.request_id], len(one.outputs[0].token_ids)
+            if tokens:
+                record.first = record.first or now
+                record.last, record.tokens = now, tokens
+    return list(records.values())
+
+
+def report(records: list[Record], rate: float) -> None:
+    ttft, tpot = (np.array([getattr(record, name) for record in records]) for name in ("ttft", "tpot"))
+    span = max(record.last for record in records) - min(record.arrival for record in records)
+    good = int(((ttft <= TTFT_LIMIT) & (tpot <= TPOT_LIMIT)).sum())
+    say(
+        rate=rate, requests=len(records), seconds=round(span, 1),
+        output_tokens_s=round(sum(record.tokens for record in records) / span, 1),
+        requests_s=round(len(records) / span, 3), good=good, goodput_s=round(good / span, 3),
+        ttft_s={p: round(float(np.percentile(ttft, p)), 3) for p in (50, 90, 99)},
+        tpot_ms={p: round(float(np.percentile(tpot, p)) * 1e3, 2) for p in (50, 90, 99)},
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", choices=("stock", "longreach"))
+    parser.add_argument("--fp8", action="store_true", help="an fp8 KV cache")
+    parser.add_argument("--rates", default="0.4,0.8,1.2", help="requests a second, separated by commas")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--prompt", type=int, default=32768)
+    parser.add_argument("--output", type=int, default=1024)
+    args = parser.parse_args()
+    stock = args.system == "stock"
+    llm = build_8b(stock=stock, fp8=args.fp8)
+    say(system=args.system, fp8=args.fp8, prompt=args.prompt, output=args.output)
+    words = None if stock else {"policy": "snapkv", "budget": BUDGET}
+    for rate in map(float, args.rates.split(",")):
+        report(run(llm, rate, args.requests, args.prompt, args.output, words), rate)
+
+
+if __name__ == "__main__":
+    main()
