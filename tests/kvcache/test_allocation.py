@@ -123,7 +123,9 @@ def page_counts(words: dict[str, object], plan: RetentionPlan, num_layers: int) 
     policy = make_policy(words)
     assert policy is not None
     tables = PageTables(geometry, slots=1, width=1)
-    return Compressor(geometry, codec, torch.empty(0), tables, scale=1.0)._page_counts(policy, plan)
+    return Compressor(geometry, codec, torch.empty(0), tables, scale=1.0)._page_counts(
+        policy, plan, torch.empty(0), None
+    )
 
 
 @quick
