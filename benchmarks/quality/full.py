@@ -15,7 +15,8 @@ from benchmarks.serving import running_server
 
 POLICIES = [
     "none", "snapkv:512", "pyramidkv:512", "streamingllm:512", "random:512", "l2norm:512",
-    "snapkv:256", "pyramidkv:256", "l2norm:1024", "l2norm:2048",
+    "zigzagkv:512", "adakv:512", "criticalkv:512", "tova:512", "keydiff:512",
+    "snapkv:256", "pyramidkv:256", "zigzagkv:256", "adakv:256", "l2norm:2048",
 ]  # fmt: skip
 EXPECTATIONS = [
     "none>=31", "snapkv:512>=30", "pyramidkv:512>=30", "streamingllm:512==window", "random:512<snapkv:512",
