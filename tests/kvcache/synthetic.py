@@ -76,6 +76,8 @@ class PagedCache:
         shape = (num_layers, num_kv_heads, prompt_len + new, HEAD_DIM)
         self.keys = torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
+        if uneven:
+            self.keys += torch.linspace(0, 1, num_kv_heads)[:, None, None]
         self.queries = 2 * torch.randn(num_layers, prompt_len + new, num_heads, HEAD_DIM, generator=generator)
         if uneven:
             layers, heads = torch.linspace(0.4, 1.6, num_layers), torch.linspace(1.5, 0.5, num_heads)
