@@ -1,6 +1,6 @@
 """The quality table of docs/results.md by one command: a server, 32 passkey documents, every policy.
 
-`python -m benchmarks.quality.full [--out DIR]` or `make quality`. On two cores: about 13 minutes, most of them the
+`python -m benchmarks.quality.full [--out DIR]` or `make quality`. On two cores: about 17 minutes, most of them the
 dense prefill of 32 x 6,000 tokens; later policies find those prompts in the prefix cache.
 """
 
