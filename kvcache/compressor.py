@@ -142,7 +142,9 @@ class Compressor:
         return self.requests[request_id].kept
 
     def compact(self, order: Compact) -> PendingReport:
-        """Score, allocate, select and copy, all layers; the source blocks are only read. Doesn't wait for the GPU.
+        """Score, allocate, select and copy, all layers; the source blocks are only read.
+
+        The GPU is waited for only by allocators that share by the prompt's attention or scores.
 
         Raises:
             RuntimeError: when queries of the window are missing or the orders don't fit the plan: a bug, never a

@@ -103,10 +103,14 @@ def policy_class(words: dict[str, Any]) -> type[Policy]:
     policy = policies()[name]
     chosen: dict[str, Any] = {}
     for field, known in PARTS.items():
-        part = words.get(field, getattr(policy, field).name)
-        if not isinstance(part, str) or part not in known:
+        usual = getattr(policy, field)
+        part = words.get(field, usual.name)
+        if part == usual.name:  # a third party's policy may bring its own
+            chosen[field] = usual
+        elif isinstance(part, str) and part in known:
+            chosen[field] = known[part]
+        else:
             raise PolicyError(f"kv_cache.{field}", f"there is no such allocator: {part!r}.", ", ".join(known))
-        chosen[field] = known[part]
     return _variant(policy, chosen["layers"], chosen["heads"])
 
 
@@ -134,7 +138,7 @@ def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
     field = str(first["loc"][0]) if first["loc"] else "policy"
     schema = policy.Args.model_json_schema()["properties"].get(field)
     if schema is None:
-        taken = ", ".join(policy.Args.model_fields)
+        taken = ", ".join([*policy.Args.model_fields, *PARTS])
         return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", taken)
     problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
     return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
@@ -145,6 +149,6 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(repr(value) for value in schema["enum"])
     if "anyOf" in schema:
         return "a whole number of tokens or a share of the prompt such as '25%'"
-    bounds = [f">= {schema['minimum']}"] if "minimum" in schema else []
-    bounds += [f"<= {schema['maximum']}"] if "maximum" in schema else []
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

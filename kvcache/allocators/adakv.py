@@ -25,7 +25,7 @@ class AdaHeads(HeadAllocator):
 
     def shares(self, scores: torch.Tensor, tokens: int) -> torch.Tensor:
         heads, n = scores.shape
-        sure = min(int(tokens * self.args.floor), n)
+        sure = min(int(tokens * self.args.floor + 1e-9), n)  # 0.29 * 100 is 28.999... in binary floating point
         free = scores.clone()
         if sure:
             free.scatter_(1, scores.topk(sure, -1).indices, float("-inf"))

@@ -17,11 +17,12 @@ def tokens_for_mass(attention: torch.Tensor, mass: float) -> torch.Tensor:
         mass: 0 < mass <= 1.
 
     Returns:
-        int64 [...], at least 1.
+        int64 [...], at least 1; n where the row has a NaN, since nothing is known of it.
     """
     falling = attention.sort(-1, descending=True).values.cumsum(-1)
     # 1e-6: .5 + .3 + .1 is not quite .9 in binary floating point.
-    return 1 + (falling < (mass - 1e-6) * falling[..., -1:]).sum(-1).clamp(max=attention.shape[-1] - 1)
+    tokens = 1 + (falling < (mass - 1e-6) * falling[..., -1:]).sum(-1)
+    return tokens.masked_fill(falling[..., -1].isnan(), attention.shape[-1])
 
 
 class ZigZagLayers(LayerAllocator):

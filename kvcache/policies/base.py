@@ -46,15 +46,23 @@ class Policy(ABC):
     class Args(PolicyArgs):
         """See `PolicyArgs`."""
 
+    own_args: ClassVar[type[PolicyArgs]] = Args
+    """`Args` without those of the allocators."""
+    own_evidence: ClassVar[Evidence] = Evidence.NONE
+    """`evidence` without that of the allocators."""
     args: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.evidence = Evidence.costliest(cls.evidence, cls.layers.evidence, cls.heads.evidence)
+        cls.own_evidence = cls.__dict__.get("evidence", cls.own_evidence)
+        cls.evidence = Evidence.costliest(cls.own_evidence, cls.layers.evidence, cls.heads.evidence)
+        cls.own_args = cls.__dict__.get("Args", cls.own_args)
         parts: tuple[type[Arguments], ...] = (cls.layers.Args, cls.heads.Args)
-        missing = [part for part in parts if not part.model_fields.keys() <= cls.Args.model_fields.keys()]
+        missing = [part for part in parts if not part.model_fields.keys() <= cls.own_args.model_fields.keys()]
         if missing:
-            cls.Args = create_model(f"{cls.__name__}Args", __base__=(cls.Args, *missing))  # type: ignore
+            cls.Args = create_model(f"{cls.__name__}Args", __base__=(cls.own_args, *missing))  # type: ignore
+        else:
+            cls.Args = cls.own_args  # type: ignore
 
     def __init__(self, args: PolicyArgs) -> None:
         self.args = args

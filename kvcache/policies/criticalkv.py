@@ -7,6 +7,7 @@ from pydantic import Field
 
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.snapkv import SnapKV
+from kvcache.selection import force, keep_top
 
 
 class CriticalKV(SnapKV):
@@ -23,17 +24,24 @@ class CriticalKV(SnapKV):
 
     class Args(SnapKV.Args):
         first_stage: float = Field(0.5, ge=0, le=1, description="Share of the budget that goes by votes alone.")
-        epsilon: float = Field(1e-4, ge=0, description="Added to votes before they are weighted.")
+        epsilon: float = Field(1e-4, ge=0, le=1, description="Added to votes before they are weighted.")
 
     args: Args
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         votes = super().scores(evidence)
-        prompt_len = evidence.shape[1]
-        sure = int(self.args.budget.resolve(prompt_len) * self.args.first_stage)
+        finite = votes.masked_fill(~votes.isfinite(), 0)
+        sure = min(int(self.args.budget.resolve(evidence.shape[1]) * self.args.first_stage), evidence.shape[1])
+        best = keep_top(force(votes, 0, 0), torch.full((len(votes),), sure))
         weights = torch.linalg.vector_norm(evidence.values, ord=1, dim=-1, dtype=torch.float32)
-        scores = (votes + self.args.epsilon) * weights
-        best = votes.topk(min(max(sure, 0), prompt_len), -1).indices
-        # Beyond every weighted score, in the order of the votes.
-        top = scores.masked_fill(scores.isinf(), 0).amax(-1, keepdim=True)
-        return scores.scatter(-1, best, top + 1 + votes.gather(-1, best))
+        # Weighted scores up to 1, sure tokens from 1 on in the order of their votes; one scale for all heads, so that
+        # allocators may compare them.
+        scores = _to_one((finite + self.args.epsilon) * weights)
+        scores = scores.scatter(-1, best, 1 + _to_one(finite).gather(-1, best))
+        unknown = votes + weights * 0  # NaN where either is, infinite where votes are forced
+        return torch.where(unknown.isfinite(), scores, unknown)
+
+
+def _to_one(scores: torch.Tensor) -> torch.Tensor:
+    """Divided by the largest; NaNs stay."""
+    return scores / scores.nan_to_num(0).amax().clamp(min=torch.finfo(torch.float32).tiny)

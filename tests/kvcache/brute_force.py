@@ -163,8 +163,11 @@ def critical_scores(votes: list[float], values: Matrix, sure: int, epsilon: floa
     clear_cut([votes[position] for position in order], sure)
     safe = set(order[:sure])
     weighted = [(vote + epsilon) * sum(abs(x) for x in value) for vote, value in zip(votes, values, strict=True)]
-    top = 1 + max(score for score in weighted if score < math.inf)
-    return [top + vote if i in safe else score for i, (vote, score) in enumerate(zip(votes, weighted, strict=True))]
+    # The first stage's votes, made larger than all weighted ones.
+    factor = (
+        2 * max(score for score in weighted if score < math.inf) / min(votes[position] for position in safe or order)
+    )
+    return [factor * vote if i in safe else score for i, (vote, score) in enumerate(zip(votes, weighted, strict=True))]
 
 
 def tokens_holding(row: list[float], mass: float) -> int:
