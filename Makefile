@@ -2,7 +2,7 @@
 #
 #   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
 #   make test ARGS='-m "not e2e"'      lint and tests
-#   make lint | quality | clean
+#   make lint | quality | docs | clean
 #
 # Variables
 #   PYTHON    interpreter that makes .venv (3.11 or newer)
@@ -21,13 +21,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install $(PIP_ARGS)
 STAMP := $(VENV)/.installed-$(EXTRA)
-SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests)
+SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests docs)
 
 # requirements/NAME.txt: wheels pinned by hash, installed by themselves because hash mode wants a hash for everything.
 REQUIREMENTS_cpu := requirements/cpu.txt
 REQUIREMENTS_cuda := requirements/model.txt
 
-.PHONY: serve test lint format quality clean venv
+.PHONY: serve test lint format quality docs clean venv
 
 venv: $(STAMP)
 
@@ -70,6 +70,9 @@ test: lint
 
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality.full $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

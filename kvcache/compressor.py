@@ -142,7 +142,9 @@ class Compressor:
         return self.requests[request_id].kept
 
     def compact(self, order: Compact) -> PendingReport:
-        """Score, allocate, select and copy, all layers; the source blocks are only read. Doesn't wait for the GPU.
+        """Score, allocate, select and copy, all layers; the source blocks are only read.
+
+        The GPU is waited for only by allocators that share by the prompt's attention or scores.
 
         Raises:
             RuntimeError: when queries of the window are missing or the orders don't fit the plan: a bug, never a
@@ -161,9 +163,9 @@ class Compressor:
         blocks = to_device(torch.tensor(order.source_blocks + order.target_blocks), self.pages.device)
         source, target = blocks[:prompt_blocks], blocks[prompt_blocks:]
 
-        scores = self._scores(request, source)
+        scores, statistics = self._scores(request, source)
         nan_scores = scores.isnan().sum()
-        counts = self._page_counts(policy, plan)
+        counts = self._page_counts(policy, plan, scores, statistics)
         slot = self.tables.take(counts, target, plan.full_pages)
         together = max(1, _MAX_SCORES // scores[0].numel())
         for layers in torch.arange(g.num_layers).split(together):
@@ -179,12 +181,14 @@ class Compressor:
         tokens = (counts.double().mean(1) * plan.page_size + plan.tail).tolist()
         return PendingReport(order.request_id, tokens, nan_scores, watch)
 
-    def _scores(self, request: _Request, source: torch.Tensor) -> torch.Tensor:
-        """What the policy says of each token below the tail: float32 [num_layers, num_kv_heads, n]."""
+    def _scores(self, request: _Request, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the policy says of each token below the tail: float32 [num_layers, num_kv_heads, n]; and of each layer:
+        float64 [num_layers], on the CPU, if its allocator asks for that."""
         g, plan = self.geometry, request.plan
         request.kept = []
         below_tail = plan.full_pages * plan.page_size
         scores = torch.empty(g.num_layers, g.num_kv_heads, below_tail, device=self.pages.device)
+        allocator, statistics = request.policy.layer_allocator, []
         for layer in range(g.num_layers):
             evidence = PagedEvidence(
                 layer,
@@ -198,7 +202,9 @@ class Compressor:
                 quant=self.quant[layer],
             )
             scores[layer] = request.policy.scores(evidence)[:, :below_tail]
-        return scores
+            if allocator.needs_statistics:
+                statistics.append(allocator.statistic(evidence))
+        return scores, torch.stack(statistics).double().cpu() if statistics else None
 
     def _copy(
         self,
@@ -230,14 +236,27 @@ class Compressor:
         kept = self.tables.pool_pages(slot, starts[at] + rank // size)
         self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
 
-    def _page_counts(self, policy: Policy, plan: RetentionPlan) -> torch.Tensor:
-        """Whole pages per layer and KV head, int64 [num_layers, num_kv_heads], with the plan's exact sum."""
-        g = self.geometry
-        shares = policy.layer_shares(g.num_layers, plan.kept_tokens, plan.prompt_len)
-        pages = apportion(
-            (shares - plan.tail) / plan.page_size,
-            plan.kept_pages * g.num_layers,
-            low=plan.min_pages(policy.args.sinks, policy.recent),
-            high=plan.full_pages,
+    def _page_counts(
+        self, policy: Policy, plan: RetentionPlan, scores: torch.Tensor, statistics: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Whole pages per layer and KV head, int64 [num_layers, num_kv_heads], with the plan's exact sum.
+
+        Args:
+            scores: float32 [num_layers, num_kv_heads, n], for allocators that share a layer's tokens over its heads.
+            statistics: float64 [num_layers], for allocators that share by the prompt.
+        """
+        g, heads = self.geometry, policy.head_allocator
+        bounds = {"low": plan.min_pages(policy.args.sinks, policy.recent), "high": plan.full_pages}
+        shares = policy.layer_allocator.shares(g.num_layers, plan.kept_tokens, plan.prompt_len, statistics)
+        pages = apportion((shares - plan.tail) / plan.page_size, plan.kept_pages * g.num_layers, **bounds)
+        if not heads.needs_scores:
+            return pages[:, None].expand(-1, g.num_kv_heads).contiguous()
+        forced = [policy.args.sinks, max(0, policy.recent - plan.tail)]
+        wishes = torch.stack(
+            [
+                heads.shares(force(layer, *forced), int(n) * plan.page_size)
+                for layer, n in zip(scores, pages, strict=True)
+            ]
         )
-        return pages[:, None].expand(-1, g.num_kv_heads).contiguous()
+        rows = zip(wishes.double().cpu(), (pages * g.num_kv_heads).tolist(), strict=True)
+        return torch.stack([apportion(row / plan.page_size, total, **bounds) for row, total in rows])

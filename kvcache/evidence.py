@@ -18,6 +18,11 @@ class Evidence(StrEnum):
     KEYS = "keys"
     WINDOW_QUERIES = "last-w queries"
 
+    @staticmethod
+    def costliest(*needs: Evidence) -> Evidence:
+        """The one that includes all of these."""
+        return max(needs, key=list(Evidence).index)
+
 
 @dataclass(frozen=True)
 class QuantScales:
@@ -83,6 +88,17 @@ class LayerEvidence:
     ) -> None:
         self.layer, self.keys, self.values = layer, keys, values
         self.window_queries, self.scale = window_queries, scale
+
+    @cached_property
+    def window_attention(self) -> torch.Tensor:
+        """What the window's queries give to each earlier token, their mean: float32 [num_heads, prompt_len - w].
+
+        Raises:
+            ValueError: the evidence has no queries.
+        """
+        from kvcache.scorers import window_probabilities
+
+        return window_probabilities(self)
 
     @property
     def shape(self) -> tuple[int, int, int]:

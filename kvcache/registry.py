@@ -8,15 +8,33 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kvcache.allocators.adakv import AdaHeads
+from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
+from kvcache.allocators.pyramid import PyramidLayers
+from kvcache.allocators.zigzag import ZigZagLayers
+from kvcache.allocators.zipvl import ZipVLLayers
+from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
+from kvcache.policies.criticalkv import CriticalKV
+from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.pyramidkv import PyramidKV
 from kvcache.policies.random import Random
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.streamingllm import StreamingLLM
+from kvcache.policies.tova import TOVA
+from kvcache.policies.zigzagkv import ZigZagKV
 
 NONE = "none"
-BUILT_IN: tuple[type[Policy], ...] = (StreamingLLM, L2Norm, SnapKV, PyramidKV, Random)
+BUILT_IN: tuple[type[Policy], ...] = (
+    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, Random,
+)  # fmt: skip
+LAYERS: dict[str, type[LayerAllocator]] = {
+    part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)
+}
+HEADS: dict[str, type[HeadAllocator]] = {part.name: part for part in (EqualHeads, AdaHeads)}
+PARTS: dict[str, dict[str, type[Any]]] = {"layers": LAYERS, "heads": HEADS}
+"""What a request may choose beside a policy, by the field that names it."""
 ENTRY_POINT_GROUP = "longreach.policies"
 
 
@@ -65,19 +83,53 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
         if extra := sorted(set(words) - {"policy"}):
             raise PolicyError(f"kv_cache.{extra[0]}", "the policy 'none' takes no arguments.", "no further fields")
         return None
-    if not isinstance(name, str) or name not in policies():
-        problem = "is missing." if "policy" not in words else f"unknown policy {name!r}."
-        raise PolicyError("kv_cache.policy", problem, ", ".join([NONE, *policies()]))
-    policy = policies()[name]
+    policy = policy_class(words)
     try:
-        return policy(policy.Args.model_validate({key: value for key, value in words.items() if key != "policy"}))
+        return policy(policy.Args.model_validate({k: v for k, v in words.items() if k not in ("policy", *PARTS)}))
     except ValidationError as error:
         raise _explain(policy, error) from None
 
 
+def policy_class(words: dict[str, Any]) -> type[Policy]:
+    """The class of the policy that these words ask for, with the allocators that they name; arguments don't matter.
+
+    Raises:
+        PolicyError: an unknown policy or allocator.
+    """
+    name = words.get("policy")
+    if not isinstance(name, str) or name not in policies():
+        problem = "is missing." if "policy" not in words else f"unknown policy {name!r}."
+        raise PolicyError("kv_cache.policy", problem, ", ".join([NONE, *policies()]))
+    policy = policies()[name]
+    chosen: dict[str, Any] = {}
+    for field, known in PARTS.items():
+        usual = getattr(policy, field)
+        part = words.get(field, usual.name)
+        if part == usual.name:  # a third party's policy may bring its own
+            chosen[field] = usual
+        elif isinstance(part, str) and part in known:
+            chosen[field] = known[part]
+        else:
+            raise PolicyError(f"kv_cache.{field}", f"there is no such allocator: {part!r}.", ", ".join(known))
+    return _variant(policy, chosen["layers"], chosen["heads"])
+
+
+@cache
+def _variant(policy: type[Policy], layers: type[LayerAllocator], heads: type[HeadAllocator]) -> type[Policy]:
+    if (layers, heads) == (policy.layers, policy.heads):
+        return policy
+    return type(policy.__name__, (policy,), {"layers": layers, "heads": heads, "__doc__": policy.__doc__})
+
+
 def policy_words(policy: Policy | None) -> dict[str, Any]:
     """The inverse of `make_policy`, every argument spelled out: JSON-able."""
-    return {"policy": NONE} if policy is None else {"policy": policy.name, **policy.args.model_dump(mode="json")}
+    if policy is None:
+        return {"policy": NONE}
+    usual = policies().get(policy.name, type(policy))
+    parts = {
+        field: getattr(policy, field).name for field in PARTS if getattr(policy, field) is not getattr(usual, field)
+    }
+    return {"policy": policy.name, **parts, **policy.args.model_dump(mode="json")}
 
 
 def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
@@ -86,7 +138,7 @@ def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
     field = str(first["loc"][0]) if first["loc"] else "policy"
     schema = policy.Args.model_json_schema()["properties"].get(field)
     if schema is None:
-        taken = ", ".join(policy.Args.model_fields)
+        taken = ", ".join([*policy.Args.model_fields, *PARTS])
         return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", taken)
     problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
     return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
@@ -97,6 +149,6 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(repr(value) for value in schema["enum"])
     if "anyOf" in schema:
         return "a whole number of tokens or a share of the prompt such as '25%'"
-    bounds = [f">= {schema['minimum']}"] if "minimum" in schema else []
-    bounds += [f"<= {schema['maximum']}"] if "maximum" in schema else []
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

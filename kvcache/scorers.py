@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from kvcache.evidence import LayerEvidence, PagedEvidence
 
-# Bounds the memory of `window_attention`: logits held at once, 4 bytes each, unless one KV head alone has more.
+# Bounds the memory of `mean_probabilities`: logits held at once, 4 bytes each, unless one KV head alone has more.
 _MAX_LOGITS = 1 << 26
 
 GroupReduce = Literal["mean", "max", "sum"]
@@ -43,6 +43,25 @@ def pool(scores: torch.Tensor, how: Pooling, kernel: int) -> torch.Tensor:
     return F.max_pool1d(flat, kernel, 1, half).reshape(scores.shape)
 
 
+def window_probabilities(evidence: LayerEvidence) -> torch.Tensor:
+    """The attention that the window's queries give to each earlier token, their mean; on a GPU by kernels.
+
+    The kernels read keys where they lie in the cache. Asked for through `LayerEvidence.window_attention`, which
+    remembers it.
+
+    Returns:
+        float32 [num_heads, prompt_len - w].
+
+    Raises:
+        ValueError: the evidence has no queries.
+    """
+    if isinstance(evidence, PagedEvidence) and evidence.pages.is_cuda:
+        from kvcache.kernels.window_votes import window_probabilities_paged
+
+        return window_probabilities_paged(evidence)
+    return mean_probabilities(_queries(evidence), evidence.keys, evidence.scale).flatten(0, 1)
+
+
 def window_votes(
     evidence: LayerEvidence,
     *,
@@ -51,9 +70,11 @@ def window_votes(
     group_reduce: GroupReduce = "mean",
     group_stage: GroupStage = "probabilities",
 ) -> torch.Tensor:
-    """SnapKV's vote (arXiv 2404.14469) on a layer's evidence: `window_attention`, on a GPU by kernels.
+    """SnapKV's vote (arXiv 2404.14469): what the window gives to each earlier token, pooled, by KV head.
 
-    The kernels read keys where they lie in the cache. With `group_stage="logits"` torch does the work everywhere.
+    Mean over the window's queries of the softmax over all keys, pooling over positions, then the query heads of a
+    group are reduced to their KV head. With `group_stage="logits"` the group is reduced before the softmax (R-KV's
+    order), by torch everywhere.
 
     Returns:
         float32 [num_kv_heads, prompt_len - w].
@@ -61,14 +82,54 @@ def window_votes(
     Raises:
         ValueError: the evidence has no queries.
     """
-    options: dict[str, Any] = {"pooling": pooling, "kernel": kernel, "group_reduce": group_reduce}
-    if isinstance(evidence, PagedEvidence) and evidence.pages.is_cuda and group_stage == "probabilities":
-        from kvcache.kernels.window_votes import window_votes_paged
+    num_kv_heads = evidence.shape[0]
+    if group_stage == "logits":
+        queries = _queries(evidence)
+        votes = mean_probabilities(queries, evidence.keys, evidence.scale, group_logits=group_reduce)
+        return pool(votes[:, 0], pooling, kernel)
+    votes = evidence.window_attention
+    if votes.is_cuda:
+        from kvcache.kernels.window_votes import pool_votes
 
-        return window_votes_paged(evidence, **options)
+        return pool_votes(votes, num_kv_heads, pooling=pooling, kernel=kernel, group_reduce=group_reduce)
+    return reduce_group(pool(votes, pooling, kernel).unflatten(0, (num_kv_heads, -1)), group_reduce, 1)
+
+
+def _queries(evidence: LayerEvidence) -> torch.Tensor:
     if evidence.window_queries is None:
         raise ValueError("the prompt's last queries are needed and were not kept")
-    return window_attention(evidence.window_queries, evidence.keys, evidence.scale, group_stage=group_stage, **options)
+    return evidence.window_queries
+
+
+def mean_probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, *, group_logits: GroupReduce | None = None
+) -> torch.Tensor:
+    """Causal softmax of the last w queries over all keys, mean over the queries.
+
+    Args:
+        queries: [w, num_heads, head_dim], post-RoPE, of the last w positions.
+        keys: [num_kv_heads, n, head_dim], post-RoPE.
+        scale: softmax scale.
+        group_logits: how a group's logits are reduced before the softmax; left out, they aren't.
+
+    Returns:
+        float32 [num_kv_heads, group (1 with `group_logits`), n - w].
+    """
+    w, num_heads, head_dim = queries.shape
+    num_kv_heads, n, _ = keys.shape
+    group = num_heads // num_kv_heads
+    grouped = queries.float().view(w, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    future = torch.arange(n, device=keys.device) > torch.arange(n - w, n, device=keys.device)[:, None]
+    means = []
+    together = max(1, _MAX_LOGITS // (group * w * n))
+    for heads in torch.arange(num_kv_heads).split(together):
+        first, last = int(heads[0]), int(heads[-1]) + 1
+        logits = grouped[first:last] @ keys[first:last, None].float().transpose(-1, -2) * scale
+        if group_logits:
+            logits = reduce_group(logits, group_logits, 1)[:, None]
+        probabilities = logits.masked_fill_(future, float("-inf")).softmax(-1)
+        means.append(probabilities.mean(2)[..., : n - w])
+    return torch.cat(means)
 
 
 def window_attention(
@@ -81,33 +142,6 @@ def window_attention(
     group_reduce: GroupReduce = "mean",
     group_stage: GroupStage = "probabilities",
 ) -> torch.Tensor:
-    """SnapKV's vote (arXiv 2404.14469): the attention that the last w queries give to each earlier token.
-
-    Softmax over all keys with the causal mask, mean over the window's queries, pooling over positions, then the
-    query heads of a group are reduced to their KV head. With `group_stage="logits"` the group is reduced before
-    the softmax (R-KV's order).
-
-    Args:
-        queries: [w, num_heads, head_dim], post-RoPE, of the last w positions.
-        keys: [num_kv_heads, n, head_dim], post-RoPE.
-        scale: softmax scale.
-
-    Returns:
-        float32 [num_kv_heads, n - w].
-    """
-    w, num_heads, head_dim = queries.shape
-    num_kv_heads, n, _ = keys.shape
-    group = num_heads // num_kv_heads
-    grouped = queries.float().view(w, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    future = torch.arange(n, device=keys.device) > torch.arange(n - w, n, device=keys.device)[:, None]
-    votes = []
-    together = max(1, _MAX_LOGITS // (group * w * n))
-    for heads in torch.arange(num_kv_heads).split(together):
-        first, last = int(heads[0]), int(heads[-1]) + 1
-        logits = grouped[first:last] @ keys[first:last, None].float().transpose(-1, -2) * scale
-        if group_stage == "logits":
-            logits = reduce_group(logits, group_reduce, 1)[:, None]
-        probabilities = logits.masked_fill_(future, float("-inf")).softmax(-1)
-        vote = pool(probabilities.mean(2)[..., : n - w], pooling, kernel)
-        votes.append(reduce_group(vote, group_reduce, 1))
-    return torch.cat(votes)
+    """`window_votes` of plain tensors (see `mean_probabilities`): the naive twin of the kernels."""
+    evidence = LayerEvidence(0, keys, keys, queries, scale)
+    return window_votes(evidence, pooling=pooling, kernel=kernel, group_reduce=group_reduce, group_stage=group_stage)

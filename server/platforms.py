@@ -75,6 +75,7 @@ def prepare(args: Namespace, platform: Platform) -> None:
 
         cuda_backend.register()
         args.attention_backend = AttentionBackendEnum.CUSTOM
+        args.attention_config.backend = None  # where both are set, vLLM refuses to start
         args.worker_cls = "attention_plugins.vllm_adapter.cuda_worker.CUDACompressionWorker"
 
 

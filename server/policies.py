@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvcache.policies.base import Policy
-from kvcache.registry import NONE, PolicyError, make_policy, policies, policy_words
+from kvcache.registry import NONE, PARTS, PolicyError, make_policy, policies, policy_words
 
 
 class PolicyDesk:
@@ -51,6 +51,7 @@ class PolicyDesk:
             "page_size": self.page_size,
             "available": self.unavailable is None,
             "unavailable_reason": self.unavailable,
+            "allocators": {field: [part.describe() for part in known.values()] for field, known in PARTS.items()},
             "data": [
                 {
                     "name": NONE,

@@ -92,7 +92,8 @@ def refuse_config(config: Any, platform: str) -> None:
 def _backend(args: Namespace) -> str | None:
     """The attention backend that the user asked for."""
     asked = args.attention_backend or args.attention_config.backend
-    return getattr(asked, "name", asked)
+    name = getattr(asked, "name", asked)
+    return None if name is None or str(name).lower() == "auto" else str(name).upper()
 
 
 def _slides(model: Any, text: Any) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from kvcache.registry import NONE, PolicyError, policies
+from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class
 from server.errors import StartError
 from server.platforms import Platform
 from server.policies import PolicyDesk
@@ -23,6 +23,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-policy", default=NONE, metavar="NAME", help=f"One of {', '.join([NONE, *policies()])}."
     )  # fmt: skip
+    for field, known in PARTS.items():
+        group.add_argument(
+            _flag(field),
+            dest=_PREFIX + field,
+            default=argparse.SUPPRESS,
+            metavar="NAME",
+            help=f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}.",
+        )
     for name, (text, takers) in _arguments().items():
         group.add_argument(
             _flag(name),
@@ -48,12 +56,13 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
         raise StartError(
             f"{_flags(given)} without a policy to take it: add --kv-policy NAME, one of {', '.join(policies())}."
         )
-    if policy := policies().get(args.kv_policy):
-        known = policy.Args.model_fields
-        if foreign := [name for name in given if name not in known]:
-            raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
+    words = {"policy": args.kv_policy, **given}
     try:
-        return PolicyDesk({"policy": args.kv_policy, **given}, args.block_size or 1, platform.unavailable).default
+        if args.kv_policy in policies():
+            known = [*PARTS, *policy_class(words).Args.model_fields]
+            if foreign := [name for name in given if name not in known]:
+                raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
+        return PolicyDesk(words, args.block_size or 1, platform.unavailable).default
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
 
@@ -66,9 +75,13 @@ def in_flags(error: PolicyError) -> str:
 def _arguments() -> dict[str, tuple[str, list[str]]]:
     """Every policy argument with its description and the policies that take it."""
     found: dict[str, tuple[str, list[str]]] = {}
-    for policy in policies().values():
-        for name, schema in policy.Args.model_json_schema()["properties"].items():
-            found.setdefault(name, (schema.get("description", ""), []))[1].append(policy.name)
+    takers = [(policy.name, policy.Args) for policy in policies().values()]
+    takers += [(part.name, part.Args) for known in PARTS.values() for part in known.values()]
+    for name, arguments in takers:
+        for field, schema in arguments.model_json_schema()["properties"].items():
+            who = found.setdefault(field, (schema.get("description", ""), []))[1]
+            if name not in who:
+                who.append(name)
     return found
 
 

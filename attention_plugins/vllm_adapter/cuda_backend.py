@@ -174,7 +174,7 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
         # From here on every multiprocessor has work, and FlashAttention balances no more than 992 sequences.
         if self.batch_invariant_enabled or sequences > 528:
             return 1
-        return self.max_num_splits if in_graph else 0
+        return self.max_num_splits if in_graph and self.vllm_flash_attn_version == 3 else 0
 
 
 def register() -> None:

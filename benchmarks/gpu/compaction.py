@@ -16,17 +16,12 @@ from benchmarks.gpu.engine import LLAMA_8B, say
 from kvcache.compressor import Compact, Compressor, Start
 from kvcache.evidence import PagedEvidence, QuantScales
 from kvcache.pages import InterleavedCodec, PageGeometry
-from kvcache.registry import make_policy
+from kvcache.registry import BUILT_IN, make_policy
 from kvcache.scorers import window_attention, window_votes
 from kvcache.tables import PageTables
 
 PAGE, BUDGET = 16, 2048
-POLICIES: list[dict[str, Any]] = [
-    {"policy": "snapkv", "budget": BUDGET},
-    {"policy": "pyramidkv", "budget": BUDGET},
-    {"policy": "l2norm", "budget": BUDGET},
-    {"policy": "streamingllm", "budget": BUDGET},
-]
+POLICIES: list[dict[str, Any]] = [{"policy": policy.name, "budget": BUDGET} for policy in BUILT_IN]
 
 
 class Cache:
@@ -103,7 +98,7 @@ def main(prompts: list[int]) -> None:
             for words in POLICIES:
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-                times = [cache.compact(compressor, words) for _ in range(8)][2:]
+                times = [cache.compact(compressor, words) for _ in range(6)][2:]
                 gpu, host = (statistics.median(values) for values in zip(*times, strict=True))
                 peak = torch.cuda.max_memory_allocated() - before
                 say(prompt=prompt, fp8=fp8, policy=words["policy"], compaction_ms=round(gpu * 1e3, 2),

@@ -1,6 +1,6 @@
 """The quality table of docs/results.md by one command: a server, 32 passkey documents, every policy.
 
-`python -m benchmarks.quality.full [--out DIR]` or `make quality`. On two cores: about 13 minutes, most of them the
+`python -m benchmarks.quality.full [--out DIR]` or `make quality`. On two cores: about 17 minutes, most of them the
 dense prefill of 32 x 6,000 tokens; later policies find those prompts in the prefix cache.
 """
 
@@ -15,7 +15,8 @@ from benchmarks.serving import running_server
 
 POLICIES = [
     "none", "snapkv:512", "pyramidkv:512", "streamingllm:512", "random:512", "l2norm:512",
-    "snapkv:256", "pyramidkv:256", "l2norm:1024", "l2norm:2048",
+    "zigzagkv:512", "adakv:512", "criticalkv:512", "tova:512", "keydiff:512",
+    "snapkv:256", "pyramidkv:256", "zigzagkv:256", "adakv:256", "l2norm:2048",
 ]  # fmt: skip
 EXPECTATIONS = [
     "none>=31", "snapkv:512>=30", "pyramidkv:512>=30", "streamingllm:512==window", "random:512<snapkv:512",

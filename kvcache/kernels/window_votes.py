@@ -129,13 +129,13 @@ def _pool(
     tl.store(scores + head.to(tl.int64) * n + position, result, mask=position < n)
 
 
-def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, group_reduce: str) -> torch.Tensor:
-    """See `kvcache.scorers.window_votes`; groups are reduced after the softmax.
+def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
+    """See `kvcache.scorers.window_probabilities`.
 
     bf16 and fp16 keys and queries are multiplied as they are, fp8 ones as bf16; sums are float32.
 
     Returns:
-        float32 [num_kv_heads, prompt_len - w].
+        float32 [num_heads, prompt_len - w].
 
     Raises:
         ValueError: the evidence has no queries, or the cache isn't laid out token by token.
@@ -161,8 +161,7 @@ def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, gr
     splits = triton.cdiv(length, keys_each)
     device = pages.device
     partial = torch.empty(num_heads * window * splits, device=device)
-    votes = torch.empty(num_heads * before, device=device)
-    scores = torch.empty(num_kv_heads, before, device=device)
+    votes = torch.empty(num_heads, before, device=device)
     base, stride = g.layer_base[evidence.layer], g.block_stride
     scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
     shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": g.page_size, "DIM": dim, "DIM_2": dim_2}
@@ -175,12 +174,32 @@ def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, gr
         SPLITS=_MAX_SPLITS, **shape,
         ROWS=32, KEYS=128, num_warps=4,
     )  # fmt: skip
-    reduce = {"sum": 0, "mean": 1, "max": 2}[group_reduce]
-    _pool[(num_kv_heads, triton.cdiv(before, 1024))](
-        votes, scores, before, 1 if pooling == "none" else kernel,
-        GROUP=group, MAX_POOL=pooling == "max", REDUCE=reduce, BLOCK=1024,
+    return votes
+
+
+def pool_votes(votes: torch.Tensor, num_kv_heads: int, *, pooling: str, kernel: int, group_reduce: str) -> torch.Tensor:
+    """`kvcache.scorers.pool` and then `reduce_group`.
+
+    Args:
+        votes: float32 [num_heads, n], not negative (or NaN).
+
+    Returns:
+        float32 [num_kv_heads, n].
+    """
+    num_heads, n = votes.shape
+    scores = torch.empty(num_kv_heads, n, device=votes.device)
+    _pool[(num_kv_heads, triton.cdiv(n, 1024))](
+        votes, scores, n, 1 if pooling == "none" else kernel,
+        GROUP=num_heads // num_kv_heads, MAX_POOL=pooling == "max",
+        REDUCE={"sum": 0, "mean": 1, "max": 2}[group_reduce], BLOCK=1024,
     )  # fmt: skip
     return scores
+
+
+def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, group_reduce: str) -> torch.Tensor:
+    """Both, one after the other: `kvcache.scorers.window_votes`, groups reduced after the softmax."""
+    votes = window_probabilities_paged(evidence)
+    return pool_votes(votes, evidence.shape[0], pooling=pooling, kernel=kernel, group_reduce=group_reduce)
 
 
 def warm_up(evidence: PagedEvidence) -> None:

@@ -7,18 +7,16 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, create_model
 
-from kvcache.allocation import uniform_shares
+from kvcache.allocators.base import Arguments, EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 
 
-class PolicyArgs(BaseModel):
+class PolicyArgs(Arguments):
     """Arguments that every compressing policy takes. Unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     budget: Budget = Field(1024, validate_default=True)
     sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
@@ -27,12 +25,13 @@ class PolicyArgs(BaseModel):
 class Policy(ABC):
     """Decides what stays after the prompt.
 
-    A policy declares what it needs (`evidence`), shares the budget over layers (`layer_shares`: the allocator) and
-    rates every prompt token per KV head (`scores`: the scorer). Sinks and the recent window are forced after
-    scoring, the highest scores fill the rest, and dropped tokens are dropped for good (the operation).
+    A policy rates every prompt token per KV head (`scores`) and names the allocators that share its budget over
+    layers (`layers`) and over a layer's heads (`heads`); a request may choose others. Sinks and the recent window are
+    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good.
 
     Subclasses set the class attributes, may extend `Args`, and are registered in `kvcache.registry` or through the
-    entry-point group `longreach.policies`. They never see pages, blocks or vLLM.
+    entry-point group `longreach.policies`. They never see pages, blocks or vLLM. `Args` and `evidence` take in those
+    of the allocators by themselves.
     """
 
     name: ClassVar[str]
@@ -41,15 +40,33 @@ class Policy(ABC):
     evidence: ClassVar[Evidence] = Evidence.NONE
     query_aware: ClassVar[bool] = False
     """Whether the kept set depends on the prompt's last queries (usually the question)."""
-    layer_lengths_differ: ClassVar[bool] = False
+    layers: ClassVar[type[LayerAllocator]] = UniformLayers
+    heads: ClassVar[type[HeadAllocator]] = EqualHeads
 
     class Args(PolicyArgs):
         """See `PolicyArgs`."""
 
+    own_args: ClassVar[type[PolicyArgs]] = Args
+    """`Args` without those of the allocators."""
+    own_evidence: ClassVar[Evidence] = Evidence.NONE
+    """`evidence` without that of the allocators."""
     args: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.own_evidence = cls.__dict__.get("evidence", cls.own_evidence)
+        cls.evidence = Evidence.costliest(cls.own_evidence, cls.layers.evidence, cls.heads.evidence)
+        cls.own_args = cls.__dict__.get("Args", cls.own_args)
+        parts: tuple[type[Arguments], ...] = (cls.layers.Args, cls.heads.Args)
+        missing = [part for part in parts if not part.model_fields.keys() <= cls.own_args.model_fields.keys()]
+        if missing:
+            cls.Args = create_model(f"{cls.__name__}Args", __base__=(cls.own_args, *missing))  # type: ignore
+        else:
+            cls.Args = cls.own_args  # type: ignore
 
     def __init__(self, args: PolicyArgs) -> None:
         self.args = args
+        self.layer_allocator, self.head_allocator = self.layers(args), self.heads(args)
 
     @property
     def recent(self) -> int:
@@ -58,21 +75,19 @@ class Policy(ABC):
 
     @property
     def query_window(self) -> int:
-        """How many of the prompt's last queries the scorer needs; 0 unless `evidence` asks for them."""
-        return self.recent if self.evidence is Evidence.WINDOW_QUERIES else 0
+        """How many of the prompt's last queries are needed; 0 unless `evidence` asks for them."""
+        if self.evidence is not Evidence.WINDOW_QUERIES:
+            return 0
+        return int(getattr(self.args, "window", self.recent))
 
     def minimum_budget(self, page_size: int) -> int:
         """Smallest allowed budget in tokens at this page size."""
-        return minimum_budget(self.args.sinks, self.recent, page_size)
+        return minimum_budget(self.args.sinks, max(self.recent, self.query_window), page_size)
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
         """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum."""
         budget = max(self.args.budget.resolve(prompt_len), self.minimum_budget(page_size))
         return plan_retention(prompt_len, budget, page_size)
-
-    def layer_shares(self, num_layers: int, budget: int, prompt_len: int) -> torch.Tensor:
-        """Allocator: float64 [num_layers] tokens per KV head, with sum exactly `num_layers * budget`."""
-        return uniform_shares(num_layers, budget)
 
     @abstractmethod
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
@@ -87,7 +102,9 @@ class Policy(ABC):
             "paper": cls.paper,
             "evidence": cls.evidence.value,
             "query_aware": cls.query_aware,
-            "layer_lengths_differ": cls.layer_lengths_differ,
+            "layers": cls.layers.name,
+            "heads": cls.heads.name,
+            "layer_lengths_differ": cls.layers.lengths_differ,
             "description": inspect.cleandoc(cls.__doc__ or ""),
             "arguments": cls.Args.model_json_schema(),
         }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from pydantic import Field
-
-from kvcache.allocation import pyramid_shares
+from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.policies.snapkv import SnapKV
 
 
@@ -20,12 +17,4 @@ class PyramidKV(SnapKV):
     name = "pyramidkv"
     title = "PyramidKV: SnapKV with budgets that shrink from layer to layer"
     paper = "arXiv 2406.02069"
-    layer_lengths_differ = True
-
-    class Args(SnapKV.Args):
-        beta: int = Field(20, ge=1, le=1000, description="Steepness: the highest layer keeps budget / beta.")
-
-    args: Args
-
-    def layer_shares(self, num_layers: int, budget: int, prompt_len: int) -> torch.Tensor:
-        return pyramid_shares(num_layers, budget, prompt_len, self.args.window, self.args.beta)
+    layers = PyramidLayers

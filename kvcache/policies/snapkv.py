@@ -15,9 +15,10 @@ class SnapKV(Policy):
     """The prompt's last `window` queries vote for the tokens that stay; pooling lets neighbours survive together.
 
     Best when the question stands at the end of the prompt. Scores are reduced to KV heads (the paper's code keeps
-    a copy for every query head, G times the memory under GQA). The window is inside the budget. Max
-    pooling over 21 positions is wider than the paper's average over 5: on passkeys, whose digits are tokens of their
-    own, narrow pooling kept parts of a key (docs/results.md).
+    a copy for every query head, G times the memory under GQA); of a group the head that votes strongest counts, which
+    found more passkeys than the mean. The window is inside the budget. Max pooling over 21 positions is wider than
+    the paper's average over 5: on passkeys, whose digits are tokens of their own, narrow pooling kept parts of a key
+    (docs/results.md).
     """
 
     name = "snapkv"
@@ -30,7 +31,7 @@ class SnapKV(Policy):
         window: int = Field(32, ge=1, le=1024, description="Last queries that vote; these tokens always stay.")
         kernel: int = Field(21, ge=1, le=127, description="Width of the pooling over positions; odd.")
         pooling: Pooling = Field("max", description="Pooling of the votes over positions.")
-        group_reduce: GroupReduce = Field("mean", description="How the query heads of a KV head are reduced.")
+        group_reduce: GroupReduce = Field("max", description="How the query heads of a KV head are reduced.")
         group_stage: GroupStage = Field("probabilities", description="Whether groups are reduced after the softmax.")
 
         @field_validator("kernel")

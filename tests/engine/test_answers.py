@@ -20,6 +20,10 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "streamingllm", "budget": 150},
     {"policy": "l2norm", "budget": "30%"},
     {"policy": "random", "budget": 160, "seed": 3},
+    {"policy": "zigzagkv", "budget": 176},
+    {"policy": "adakv", "budget": 208},
+    {"policy": "tova", "budget": 144},
+    {"policy": "keydiff", "budget": 240, "layers": "zipvl", "heads": "adakv"},
 ]
 NAMES = [f"{words['policy']}-{words['budget']}" for words in POLICIES]
 

@@ -11,7 +11,7 @@ import torch
 
 from kvcache.evidence import PagedEvidence, QuantScales, dequantise
 from kvcache.pages import InterleavedCodec, PageGeometry, PermutedCodec
-from kvcache.scorers import window_attention, window_votes
+from kvcache.scorers import GroupReduce, Pooling, mean_probabilities, pool, reduce_group, window_attention, window_votes
 
 pytest.importorskip("triton")
 # The interpreter's numpy warns of infinities and NaNs, which belong to these sums.
@@ -162,6 +162,63 @@ def test_long_prompts(length: int, dtype: torch.dtype, device: torch.device) -> 
     for case in (Case(length, 32, 8, 4, 128, dtype=dtype), Case(length, 32, 1, 1, 64, dtype=dtype)):
         assert_like_twin(case, device)
         assert_like_twin(case, device, pooling="max", kernel=21)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (5, 1), (3, 4)])
+@pytest.mark.parametrize("length", [7, 90, 1300])
+def test_probabilities_of_every_query_head(length: int, heads: int, group: int, device: torch.device) -> None:
+    """Before pooling and reduction, in the order of query heads: what budgets of layers are measured on."""
+    from kvcache.kernels.window_votes import window_probabilities_paged
+
+    case = Case(length, window=6, heads=heads, group=group, seed=length)
+    evidence, keys = case.make(device)
+    assert evidence.window_queries is not None
+    found = window_probabilities_paged(evidence)
+    expected = mean_probabilities(evidence.window_queries, keys, evidence.scale).flatten(0, 1)
+    assert found.dtype == torch.float32 and found.shape == expected.shape == (heads * group, length - 6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(evidence.window_attention, expected, rtol=1e-4, atol=1e-7)
+    assert float(found.sum(1).max()) <= 1 + 1e-5
+
+
+@ON_CUDA
+def test_window_attention_on_a_gpu_is_the_kernels(device: torch.device) -> None:
+    from kvcache.kernels.window_votes import window_probabilities_paged
+
+    evidence, _ = Case(900).make(device)
+    assert torch.equal(evidence.window_attention, window_probabilities_paged(evidence))
+
+
+@pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
+@pytest.mark.parametrize(("pooling", "kernel"), POOLINGS)
+@pytest.mark.parametrize(("heads", "group", "n"), [(1, 1, 1), (2, 3, 5), (3, 2, 1024), (1, 4, 1025), (2, 1, 2500)])
+def test_pooling_of_given_votes(
+    heads: int, group: int, n: int, pooling: Pooling, kernel: int, group_reduce: GroupReduce, device: torch.device
+) -> None:
+    """Over the seams of blocks of 1024; zeros beyond both ends; votes stay as they are."""
+    from kvcache.kernels.window_votes import pool_votes
+
+    given = torch.rand(heads * group, n, generator=torch.Generator().manual_seed(n)).to(device)
+    before = given.clone()
+    found = pool_votes(given, heads, pooling=pooling, kernel=kernel, group_reduce=group_reduce)
+    expected = reduce_group(pool(given, pooling, kernel).unflatten(0, (heads, group)), group_reduce, 1)
+    assert found.dtype == torch.float32 and found.shape == (heads, n)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
+@pytest.mark.parametrize("pooling", ["none", "avg", "max"])
+def test_nan_among_given_votes_spreads_as_far_as_pooling(
+    pooling: Pooling, group_reduce: GroupReduce, device: torch.device
+) -> None:
+    from kvcache.kernels.window_votes import pool_votes
+
+    given = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    given[4, 20] = math.nan
+    found = pool_votes(given, 2, pooling=pooling, kernel=5, group_reduce=group_reduce)
+    around = [20] if pooling == "none" else [18, 19, 20, 21, 22]
+    assert found[1].isnan().nonzero().flatten().tolist() == around and not found[0].isnan().any()
 
 
 def test_a_layer_whose_logits_are_large(device: torch.device) -> None:

@@ -116,3 +116,91 @@ def pyramid_tokens(num_layers: int, budget: int, prompt_len: int, window: int, b
     if most >= room:
         most, least = room, 2 * scored - room
     return [most - Fraction(layer * (most - least), num_layers - 1) + window for layer in range(num_layers)]
+
+
+def probabilities_before(queries: list[Matrix], keys: Matrix, scale: float) -> list[list[float]]:
+    """Mean over the window of each query head's causal softmax, for the tokens before the window: SnapKV's votes of
+    every query head before pooling and reduction.
+
+    Args:
+        queries: [group][w][d] of the query heads of one KV head; keys: [n][d].
+    """
+    return [snapkv_votes([head], keys, scale, "none", 1, "mean", "probabilities") for head in queries]
+
+
+def tova_votes(heads: list[list[float]]) -> list[float]:
+    """What the last tokens attend to, mean over all query heads of a layer: [num_heads][n] -> [n]."""
+    return [sum(at) / len(heads) for at in zip(*heads, strict=True)]
+
+
+def keydiff_scores(keys: Matrix) -> list[float]:
+    """Minus the cosine between each key and the mean of the unit keys."""
+
+    def unit(vector: list[float]) -> list[float]:
+        length = math.sqrt(sum(x * x for x in vector))
+        return [x / length for x in vector]
+
+    units = [unit(key) for key in keys]
+    anchor = unit([sum(column) / len(units) for column in zip(*units, strict=True)])
+    return [-sum(a * b for a, b in zip(key, anchor, strict=True)) for key in units]
+
+
+def clear_cut(falling: list[float], count: int) -> None:
+    """Rounding must not decide what is among the first `count` of these."""
+    if 0 < count < len(falling):
+        last, first_out = falling[count - 1], falling[count]
+        close = last != first_out and abs(last - first_out) < 1e-6 * abs(last)
+        assert not close, "rounding decides here: choose another seed"
+
+
+def critical_scores(votes: list[float], values: Matrix, sure: int, epsilon: float) -> list[float]:
+    """CriticalKV over SnapKV: the first `sure` tokens by votes come first, the rest by votes times values.
+
+    Args:
+        votes: of all prompt tokens, the window's at infinity (it takes part in the first stage).
+    """
+    order = sorted(range(len(votes)), key=lambda position: (-votes[position], position))
+    clear_cut([votes[position] for position in order], sure)
+    safe = set(order[:sure])
+    weighted = [(vote + epsilon) * sum(abs(x) for x in value) for vote, value in zip(votes, values, strict=True)]
+    # The first stage's votes, made larger than all weighted ones.
+    factor = (
+        2 * max(score for score in weighted if score < math.inf) / min(votes[position] for position in safe or order)
+    )
+    return [factor * vote if i in safe else score for i, (vote, score) in enumerate(zip(votes, weighted, strict=True))]
+
+
+def tokens_holding(row: list[float], mass: float) -> int:
+    """LMBA: the fewest entries, largest first, that hold this share of the row."""
+    total, held = sum(row), 0.0
+    for count, value in enumerate(sorted(row, reverse=True), 1):
+        held += value
+        if held >= (mass - 1e-9) * total:
+            assert held - value < (mass - 2e-6) * total, "rounding decides here: choose another seed"
+            return count
+    return len(row)
+
+
+def zigzag_tokens(lmba: list[Fraction], budget: int, bound: Fraction) -> list[Fraction]:
+    """`bound` tokens for every layer, the rest of the budget by uncertainty."""
+    return [bound + (budget - bound) * len(lmba) * uncertainty / sum(lmba) for uncertainty in lmba]
+
+
+def ada_counts(scores: list[list[float]], tokens: int, floor: Fraction) -> list[int]:
+    """AdaKV's tokens by head: each head's best are its own, all that is left competes.
+
+    Args:
+        scores: [heads][n], forced tokens at infinity.
+        tokens: mean over heads.
+    """
+    sure = math.floor(tokens * floor)
+    rest = []
+    for head, row in enumerate(scores):
+        rest += [(score, head) for score in sorted(row, reverse=True)[sure:]]
+    rest.sort(key=lambda entry: (-entry[0], entry[1]))
+    free = len(scores) * (tokens - sure)
+    clear_cut([score for score, _ in rest], free)
+    counts = [sure] * len(scores)
+    for _, head in rest[:free]:
+        counts[head] += 1
+    return counts

@@ -12,7 +12,8 @@ from attention_plugins.page_rows import page_rows
 from kvcache.compressor import Compact, CompactionReport, Compressor, Start
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
-from kvcache.registry import make_policy, policies
+from kvcache.policies.base import Policy
+from kvcache.registry import make_policy, policy_class
 from kvcache.tables import PageTables
 
 PAGE = 16
@@ -23,9 +24,9 @@ SINKS = 3
 
 
 def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:
-    """A request's words with small forced parts, in whatever arguments this policy has."""
+    """A request's words with small forced parts, in whatever arguments this policy (with these parts) has."""
     small = {"sinks": SINKS, "recent": WINDOW, "window": WINDOW}
-    known = policies()[policy].Args.model_fields
+    known = policy_class({"policy": policy, **arguments}).Args.model_fields
     return {"policy": policy, "budget": budget, **{k: v for k, v in small.items() if k in known}, **arguments}
 
 
@@ -56,8 +57,10 @@ class PagedCache:
         page_size: int = PAGE,
         new: int = 0,
         block_major: bool = False,
+        uneven: bool = False,
         seed: int = 0,
     ) -> None:
+        """`uneven`: attention is sharp in some layers and heads and flat in others, as in a model."""
         self.prompt_len, self.num_heads, self.page_size = prompt_len, num_heads, page_size
         generator = torch.Generator().manual_seed(seed)
         used, total = -(-(prompt_len + new) // page_size), 2 * -(-(prompt_len + new) // page_size) + 3
@@ -73,7 +76,12 @@ class PagedCache:
         shape = (num_layers, num_kv_heads, prompt_len + new, HEAD_DIM)
         self.keys = torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
+        if uneven:
+            self.keys += torch.linspace(0, 1, num_kv_heads)[:, None, None]
         self.queries = 2 * torch.randn(num_layers, prompt_len + new, num_heads, HEAD_DIM, generator=generator)
+        if uneven:
+            layers, heads = torch.linspace(0.4, 1.6, num_layers), torch.linspace(1.5, 0.5, num_heads)
+            self.queries *= layers[:, None, None, None] * heads[:, None]
         self.pages = torch.full((num_layers * total * num_kv_heads, elements), float("nan"))
         self.write(0, prompt_len, self.pages)
 
@@ -131,6 +139,7 @@ class Run:
     """One compression: the cache, what was ordered, and what came of it. `before`: all pages before it."""
 
     cache: PagedCache
+    policy: Policy
     plan: RetentionPlan
     before: torch.Tensor
     report: CompactionReport
@@ -168,7 +177,9 @@ def compress(cache: PagedCache, order: dict[str, Any], chunks: list[int] | None 
     report = cache.compact(compressor, plan)
     slot = compressor.slot("r")
     assert slot is not None
-    return Run(cache, plan, before, report, compressor.tables, slot, compressor.kept_positions("r"))
+    policy = make_policy(order)
+    assert policy is not None
+    return Run(cache, policy, plan, before, report, compressor.tables, slot, compressor.kept_positions("r"))
 
 
 def positions_of(kept: list[list[torch.Tensor]]) -> list[list[list[int]]]:

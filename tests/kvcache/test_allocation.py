@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from itertools import pairwise
 from random import Random
@@ -117,13 +118,22 @@ def test_pyramid_shares_sum_up_and_fall(prompt_len: int, budget: int, window: in
     assert shares.max() <= prompt_len and shares.min() >= 0
 
 
-def page_counts(words: dict[str, object], plan: RetentionPlan, num_layers: int) -> torch.Tensor:
+def page_counts(
+    words: dict[str, object],
+    plan: RetentionPlan,
+    num_layers: int,
+    scores: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of two KV heads."""
     geometry = PageGeometry((0,) * num_layers, 2, 2, plan.page_size, 4)
     codec = PermutedCodec.plain(plan.page_size, 4)
     policy = make_policy(words)
     assert policy is not None
     tables = PageTables(geometry, slots=1, width=1)
-    return Compressor(geometry, codec, torch.empty(0), tables, scale=1.0)._page_counts(policy, plan)
+    return Compressor(geometry, codec, torch.empty(0), tables, scale=1.0)._page_counts(
+        policy, plan, torch.empty(0) if scores is None else scores, statistics
+    )
 
 
 @quick
@@ -146,6 +156,42 @@ def test_every_allowed_budget_has_room_for_forced_tokens_in_every_layer(
     assert int(counts.max()) <= plan.full_pages
     assert int(counts.sum()) == plan.kept_pages * num_layers * 2
     assert (counts.diff(dim=0) <= 0).all() and torch.equal(counts[:, 0], counts[:, 1])
+
+
+AWKWARD = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3e38, -3e38, math.inf, -math.inf, math.nan])
+
+
+@quick
+@given(
+    layers=st.sampled_from(["uniform", "zigzag", "zipvl"]), floor=st.floats(0, 1), bound=st.floats(0, 1),
+    sinks=st.integers(0, 40), window=st.integers(1, 40), extra=st.integers(0, 60), longer=st.integers(1, 200),
+    statistics=st.lists(st.floats(1, 500), min_size=1, max_size=5), data=st.data(),
+)  # fmt: skip
+def test_shares_by_the_prompt_sum_up_and_hold_what_is_forced(
+    layers: str, floor: float, bound: float, sinks: int, window: int, extra: int, longer: int,
+    statistics: list[float], data: st.DataObject,
+) -> None:  # fmt: skip
+    """Whatever the scores: of competing heads, each layer's total is the one that equal heads would have."""
+    budget, num_layers = minimum_budget(sinks, window, 16) + extra, len(statistics)
+    plan = plan_retention(budget + longer, budget, 16)
+    assert plan is not None
+    words: dict[str, object] = {"policy": "snapkv", "window": window, "sinks": sinks, "budget": budget}
+    words |= {"layers": layers} | ({"bound": bound} if layers == "zigzag" else {})
+    numbers = None if layers == "uniform" else torch.tensor(statistics, dtype=torch.float64)
+    scores = torch.randn(num_layers, 2, plan.full_pages * 16, generator=torch.Generator().manual_seed(longer))
+    scores[:, 0] *= data.draw(st.sampled_from([1.0, 0.0, 30.0]))
+    for at in data.draw(st.lists(st.integers(0, scores.numel() - 1), max_size=40)):
+        scores.view(-1)[at] = data.draw(AWKWARD)
+    equal = page_counts(words, plan, num_layers, None, numbers)
+    counts = page_counts({**words, "heads": "adakv", "floor": floor}, plan, num_layers, scores, numbers)
+    assert torch.equal(counts.sum(1), equal.sum(1)) and torch.equal(equal[:, 0], equal[:, 1])
+    assert int(counts.sum()) == plan.kept_pages * num_layers * 2
+    forced = len({*range(sinks), *range(plan.prompt_len - window, plan.prompt_len)} & {*range(plan.full_pages * 16)})
+    for result in (equal, counts):
+        assert int(result.min()) * 16 >= forced and int(result.min()) >= 1 and int(result.max()) <= plan.full_pages
+    if layers != "uniform":
+        order = sorted(range(num_layers), key=lambda layer: statistics[layer])
+        assert all(b - a >= -1 for a, b in pairwise(equal[order, 0].tolist()))
 
 
 @quick

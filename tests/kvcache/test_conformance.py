@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
-from kvcache.registry import make_policy, policies
-from tests.kvcache.brute_force import kept, pyramid_tokens, shared, snapkv_votes
+from kvcache.evidence import LayerEvidence
+from kvcache.policies.criticalkv import CriticalKV
+from kvcache.policies.snapkv import SnapKV
+from kvcache.registry import HEADS, LAYERS, PARTS, policies
+from tests.kvcache.brute_force import (
+    ada_counts,
+    critical_scores,
+    kept,
+    keydiff_scores,
+    probabilities_before,
+    pyramid_tokens,
+    shared,
+    snapkv_votes,
+    tokens_holding,
+    tova_votes,
+    zigzag_tokens,
+)
 from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, Run, bits, compress, words
 
 BUDGET = 70
@@ -36,15 +52,15 @@ def policy(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def run(policy: str, heads: tuple[int, int], prompt_len: int) -> Run:
     cache = PagedCache(
-        prompt_len, num_heads=heads[0], num_kv_heads=heads[1], new=NEW, block_major=prompt_len % 2 == 0, seed=prompt_len
+        prompt_len,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        new=NEW,
+        block_major=prompt_len % 2 == 0,
+        uneven=True,
+        seed=prompt_len,
     )
     return compress(cache, words(policy, BUDGET))
-
-
-def recent_of(policy: str) -> int:
-    built = make_policy(words(policy, BUDGET))
-    assert built is not None
-    return built.recent
 
 
 def test_kept_positions_are_unique_ascending_and_below_the_tail(run: Run) -> None:
@@ -55,10 +71,10 @@ def test_kept_positions_are_unique_ascending_and_below_the_tail(run: Run) -> Non
         assert positions[0] >= 0 and positions[-1] < below_tail
 
 
-def test_sinks_and_recent_tokens_stay(run: Run, policy: str) -> None:
-    recent, below_tail = recent_of(policy), run.plan.full_pages * PAGE
+def test_sinks_and_recent_tokens_stay(run: Run) -> None:
+    recent, below_tail = run.policy.recent, run.plan.full_pages * PAGE
     forced = {*range(SINKS), *range(min(run.plan.prompt_len - recent, below_tail), below_tail)}
-    assert recent in (0, WINDOW)
+    assert recent == (0 if run.policy.name == "streamingllm" else WINDOW)
     for _, _, positions in run.heads():
         assert forced <= set(positions.tolist())
 
@@ -77,9 +93,21 @@ def test_counts_are_exact(run: Run) -> None:
     assert run.report.nan_scores == 0
 
 
-def test_only_policies_that_say_so_have_layers_of_different_length(run: Run, policy: str) -> None:
+def test_only_policies_that_say_so_have_layers_of_different_length(run: Run) -> None:
     differ = len(set(run.report.layer_tokens)) > 1
-    assert differ == (policies()[policy].layer_lengths_differ and run.plan.prompt_len > 2 * BUDGET)
+    long = run.plan.prompt_len > 2 * BUDGET
+    assert run.policy.describe()["layer_lengths_differ"] == run.policy.layers.lengths_differ
+    if long or not run.policy.layers.needs_statistics:  # attention may differ in short prompts too
+        assert differ == (run.policy.layers.lengths_differ and long)
+
+
+def test_only_policies_that_say_so_have_heads_of_different_length(run: Run) -> None:
+    """Each layer's total is what it would be with equal heads all the same."""
+    counts = run.tables.counts[run.slot]
+    assert (counts.sum(1) % run.cache.geometry.num_kv_heads == 0).all()
+    differ = bool((counts != counts[:, :1]).any())
+    if run.plan.prompt_len > 2 * BUDGET or not run.policy.heads.needs_scores:
+        assert differ == run.policy.heads.needs_scores
 
 
 def test_compacted_pages_hold_exactly_the_kept_tokens(run: Run) -> None:
@@ -127,42 +155,154 @@ def test_attention_over_the_pages_is_dense_attention_without_the_evicted(run: Ru
             torch.testing.assert_close(paged, dense, atol=1e-5, rtol=0)
 
 
-def scores_by_hand(policy: str, cache: PagedCache, layer: int, head: int, **arguments: str | int) -> list[float]:
-    """For tokens before the window; from the papers."""
-    n, keys = cache.prompt_len, cache.keys[layer, head].tolist()[: cache.prompt_len]
-    if policy == "streamingllm":
-        return [float(position) for position in range(n)]
-    if policy == "l2norm":
-        return [-(sum(x * x for x in key) ** 0.5) for key in keys]
-    assert policy in ("snapkv", "pyramidkv"), f"write the scores of {policy} out by hand here"
+def scores_by_hand(run: Run, layer: int) -> list[list[float]]:
+    """Of every KV head, for tokens before the window at least; from the papers."""
+    cache, policy = run.cache, run.policy
+    n, group = cache.prompt_len, cache.num_heads // cache.geometry.num_kv_heads
+    keys, values = (part[layer, :, :n].tolist() for part in (cache.keys, cache.values))
+    if policy.name == "streamingllm":
+        return [[float(position) for position in range(n)] for _ in keys]
+    if policy.name == "l2norm":
+        return [[-(sum(x * x for x in key) ** 0.5) for key in head] for head in keys]
+    if policy.name == "keydiff":
+        return [keydiff_scores(head) for head in keys]
+    if policy.name == "random":  # any numbers will do
+        evidence = LayerEvidence(layer, cache.keys[layer, :, :n], cache.values[layer, :, :n], None, SCALE)
+        return policy.scores(evidence).tolist()
+    if policy.name == "tova":
+        return [tova_votes(attention_by_hand(run, layer))] * len(keys)
+    assert isinstance(policy, SnapKV), f"write the scores of {policy.name} out by hand here"
+    queries = window_queries(run, layer)
+    settings = policy.args.model_dump(include={"pooling", "kernel", "group_reduce", "group_stage"})
+    votes = [
+        snapkv_votes(queries[head * group : (head + 1) * group], keys[head], SCALE, **settings)
+        for head in range(len(keys))
+    ]
+    if isinstance(policy, CriticalKV):
+        sure = math.floor(policy.args.budget.resolve(n) * Fraction(str(policy.args.first_stage)))
+        padded = [head + [math.inf] * (n - len(head)) for head in votes]
+        return [critical_scores(head, own, sure, policy.args.epsilon) for head, own in zip(padded, values, strict=True)]
+    return votes
+
+
+def window_queries(run: Run, layer: int) -> list[list[list[float]]]:
+    """[num_heads][w][d]."""
+    n = run.cache.prompt_len
+    queries = run.cache.queries[layer, n - run.policy.query_window : n].transpose(0, 1)
+    return queries.tolist()
+
+
+def attention_by_hand(run: Run, layer: int) -> list[list[float]]:
+    """Of every query head, for the tokens before the window."""
+    cache, rows = run.cache, []
     group = cache.num_heads // cache.geometry.num_kv_heads
-    queries = cache.queries[layer, n - WINDOW : n, head * group : (head + 1) * group].transpose(0, 1).tolist()
-    settings = {"pooling": "max", "kernel": 21, "group_reduce": "mean", "group_stage": "probabilities", **arguments}
-    return snapkv_votes(queries, keys, SCALE, **settings)  # type: ignore[arg-type]
+    queries = window_queries(run, layer)
+    for head, keys in enumerate(cache.keys[layer, :, : cache.prompt_len].tolist()):
+        rows += probabilities_before(queries[head * group : (head + 1) * group], keys, SCALE)
+    return rows
 
 
-def pages_by_hand(policy: str, run: Run) -> list[int]:
-    plan, layers = run.plan, run.cache.geometry.num_layers
-    if policy != "pyramidkv":
-        return [plan.kept_pages] * layers
-    tokens = pyramid_tokens(layers, plan.kept_tokens, plan.prompt_len, WINDOW, 20)
-    weights = [Fraction(amount - plan.tail) / PAGE for amount in tokens]
-    forced_pages = max(1, -(-(SINKS + max(0, WINDOW - plan.tail)) // PAGE))
-    return shared(weights, plan.kept_pages * layers, forced_pages, plan.full_pages)[1]
+def layer_tokens_by_hand(run: Run) -> list[Fraction]:
+    plan, num_layers, allocator = run.plan, run.cache.geometry.num_layers, run.policy.layers.name
+    budget = plan.kept_tokens
+    if allocator == "uniform":
+        return [Fraction(budget)] * num_layers
+    if allocator == "pyramid":
+        return pyramid_tokens(num_layers, budget, plan.prompt_len, run.policy.recent, run.policy.args.beta)
+    attention = [attention_by_hand(run, layer) for layer in range(num_layers)]
+    if allocator == "zigzag":
+        mass, bound = run.policy.args.mass, Fraction(str(run.policy.args.bound)) * budget
+        lmba = [Fraction(sum(tokens_holding(head, mass) for head in heads), len(heads)) for heads in attention]
+        return zigzag_tokens(lmba, budget, bound)
+    assert allocator == "zipvl", f"write the shares of {allocator} out by hand here"
+    fewest = [tokens_holding(tova_votes(heads), run.policy.args.tau) for heads in attention]
+    return [Fraction(budget * num_layers * count, sum(fewest)) for count in fewest]
 
 
-def assert_kept_by_hand(policy: str, run: Run, **arguments: str | int) -> None:
-    plan, pages = run.plan, pages_by_hand(policy, run)
+def pages_by_hand(run: Run, scores: list[list[list[float]]]) -> list[list[int]]:
+    """By layer and KV head."""
+    plan, geometry = run.plan, run.cache.geometry
+    below_tail, recent = plan.full_pages * PAGE, run.policy.recent
+    forced_pages = max(1, -(-(SINKS + max(0, recent - plan.tail)) // PAGE))
+    weights = [(tokens - plan.tail) / PAGE for tokens in layer_tokens_by_hand(run)]
+    pages = shared(weights, plan.kept_pages * geometry.num_layers, forced_pages, plan.full_pages)[1]
+    if run.policy.heads.name == "equal":
+        return [[count] * geometry.num_kv_heads for count in pages]
+    assert run.policy.heads.name == "adakv", f"write the shares of {run.policy.heads.name} out by hand here"
+    floor, result = Fraction(str(run.policy.args.floor)), []
+    for count, heads in zip(pages, scores, strict=True):
+        forced = [
+            [math.inf if i < SINKS or i >= plan.prompt_len - recent else head[i] for i in range(below_tail)]
+            for head in heads
+        ]
+        wishes = [Fraction(tokens, PAGE) for tokens in ada_counts(forced, count * PAGE, floor)]
+        result.append(shared(wishes, count * geometry.num_kv_heads, forced_pages, plan.full_pages)[1])
+    return result
+
+
+def assert_kept_by_hand(run: Run) -> None:
+    plan = run.plan
+    scores = [scores_by_hand(run, layer) for layer in range(run.cache.geometry.num_layers)]
+    pages = pages_by_hand(run, scores)
+    assert run.tables.counts[run.slot].tolist() == pages
     for layer, head, positions in run.heads():
-        scores = scores_by_hand(policy, run.cache, layer, head, **arguments)
-        below_tail = plan.full_pages * PAGE
-        expected = kept(scores, pages[layer] * PAGE, SINKS, recent_of(policy), plan.prompt_len, below_tail)
+        count, below_tail = pages[layer][head] * PAGE, plan.full_pages * PAGE
+        expected = kept(scores[layer][head], count, SINKS, run.policy.recent, plan.prompt_len, below_tail)
         assert positions.tolist() == expected, f"layer {layer}, KV head {head}"
 
 
 @pytest.mark.parametrize("policy", BY_HAND, scope="module")
 def test_kept_sets_equal_those_by_hand(run: Run, policy: str) -> None:
-    assert_kept_by_hand(policy, run)
+    assert_kept_by_hand(run)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("policy", ["snapkv", "tova", "l2norm", "keydiff", "random"])
+def test_kept_sets_of_combinations_equal_those_by_hand(policy: str, layers: str, heads: str) -> None:
+    cache = PagedCache(171, num_heads=6, num_kv_heads=3, num_layers=3, uneven=True, seed=1)
+    arguments = {"tau": 0.7} if layers == "zipvl" else {}
+    run = compress(cache, words(policy, 75, layers=layers, heads=heads, **arguments))
+    assert (run.policy.name, run.policy.layers.name, run.policy.heads.name) == (policy, layers, heads)
+    assert_kept_by_hand(run)
+    counts = run.tables.counts[run.slot]
+    assert (len(set(counts.sum(1).tolist())) > 1) == (layers != "uniform")
+    # TOVA's scores are those of all heads, so none has a claim on more; random numbers give a page more or less.
+    assert policy == "random" or bool((counts != counts[:, :1]).any()) == (heads == "adakv" and policy != "tova")
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments"),
+    [
+        ("zigzagkv", {"mass": 0.5, "bound": 0.0}),
+        ("zigzagkv", {"mass": 0.7, "bound": 0.25}),
+        ("zigzagkv", {"bound": 1.0}),
+        ("zigzagkv", {"group_stage": "logits", "heads": "adakv"}),
+        ("adakv", {"floor": 0.0}),
+        ("adakv", {"floor": 0.65}),
+        ("adakv", {"floor": 1.0}),
+        ("adakv", {"layers": "pyramid", "beta": 5}),
+        ("pyramidkv", {"heads": "adakv", "pooling": "avg", "kernel": 5}),
+        ("pyramidkv", {"layers": "zipvl", "tau": 0.5}),
+        ("l2norm", {"layers": "zigzag", "window": 9, "recent": 2}),
+        ("keydiff", {"layers": "zipvl", "tau": 0.8, "window": 20, "recent": 0, "heads": "adakv"}),
+        ("streamingllm", {"layers": "zigzag", "mass": 0.6, "heads": "adakv"}),
+        ("streamingllm", {"layers": "pyramid"}),
+        ("tova", {"window": 1}),
+        ("criticalkv", {"pooling": "none"}),
+        ("criticalkv", {"pooling": "none", "first_stage": 0.0}),
+        ("criticalkv", {"pooling": "none", "first_stage": 1.0, "group_reduce": "mean"}),
+        ("criticalkv", {"pooling": "none", "first_stage": 0.3, "epsilon": 0.02}),
+        ("criticalkv", {"pooling": "none", "epsilon": 0.0, "layers": "zigzag"}),
+    ],
+)
+def test_arguments_of_parts_equal_those_by_hand(policy: str, arguments: dict[str, Any]) -> None:
+    cache = PagedCache(171, num_heads=6, num_kv_heads=3, num_layers=3, uneven=True, seed=2)
+    run = compress(cache, words(policy, "45%", **arguments))
+    assert run.policy.args.model_dump(mode="json").items() >= {
+        (key, value) for key, value in arguments.items() if key not in PARTS
+    }
+    assert_kept_by_hand(run)
 
 
 @pytest.mark.parametrize("group_stage", ["probabilities", "logits"])
@@ -177,13 +317,13 @@ def test_snapkv_arguments_equal_those_by_hand(pooling: str, kernel: int, group_r
         "group_stage": group_stage,
     }
     cache = PagedCache(107, num_heads=6, num_kv_heads=2, num_layers=2, seed=kernel)
-    assert_kept_by_hand("snapkv", compress(cache, words("snapkv", 60, **arguments)), **arguments)
+    assert_kept_by_hand(compress(cache, words("snapkv", 60, **arguments)))
 
 
 @pytest.mark.parametrize("policy", BY_HAND)
 def test_kept_sets_of_one_long_prompt_equal_those_by_hand(policy: str) -> None:
     """The default forced parts and a page budget that differs a lot over layers."""
-    cache = PagedCache(333, num_heads=2, num_kv_heads=1, num_layers=6, seed=5)
+    cache = PagedCache(333, num_heads=4, num_kv_heads=2, num_layers=6, uneven=True, seed=5)
     run = compress(cache, words(policy, "40%"))
     assert run.plan.kept_tokens == 333 % PAGE + PAGE * ((134 - 333 % PAGE) // PAGE)
-    assert_kept_by_hand(policy, run)
+    assert_kept_by_hand(run)

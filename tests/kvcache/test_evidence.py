@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvcache.scorers
-from kvcache.evidence import LayerEvidence, PagedEvidence, QuantScales, QueryWindow, dequantise
+from kvcache.evidence import Evidence, LayerEvidence, PagedEvidence, QuantScales, QueryWindow, dequantise
 from kvcache.registry import make_policy
 from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_attention, window_votes
 from tests.kvcache.synthetic import HEAD_DIM, SCALE, WINDOW, PagedCache, words
@@ -53,7 +53,9 @@ class Unreadable:
         raise AssertionError("pages were read")
 
 
-@pytest.mark.parametrize(("policy", "reads"), [("streamingllm", False), ("random", False), ("l2norm", True)])
+@pytest.mark.parametrize(
+    ("policy", "reads"), [("streamingllm", False), ("random", False), ("l2norm", True), ("keydiff", True)]
+)
 def test_pages_are_read_only_for_scorers_that_ask(policy: str, reads: bool) -> None:
     cache = PagedCache(PROMPT)
     evidence = paged(cache)
@@ -105,6 +107,35 @@ def test_heads_may_be_taken_a_few_at_a_time(
     whole = window_attention(queries, keys, SCALE, group_stage=group_stage)
     monkeypatch.setattr(kvcache.scorers, "_MAX_LOGITS", heads_at_once * 2 * WINDOW * PROMPT)
     torch.testing.assert_close(window_attention(queries, keys, SCALE, group_stage=group_stage), whole)
+
+
+def test_attention_of_the_window_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and shares look at the same numbers: of each query head, by KV head, not pooled."""
+    cache = PagedCache(PROMPT, num_heads=6, num_kv_heads=2)
+    evidence, keys = paged(cache), cache.keys[LAYER, :, :PROMPT]
+    attention = evidence.window_attention
+    assert evidence.window_attention is attention and attention.dtype == torch.float32
+    for head in range(6):
+        queries = cache.queries[LAYER, PROMPT - WINDOW : PROMPT, head : head + 1]
+        one = window_attention(queries, keys[head // 3 : head // 3 + 1], SCALE, pooling="none")
+        torch.testing.assert_close(attention[head], one[0])
+    monkeypatch.setattr(kvcache.scorers, "mean_probabilities", None)
+    for policy in ("snapkv", "tova"):
+        built = make_policy(words(policy, 64, layers="zigzag"))
+        assert built is not None
+        built.scores(evidence)
+        built.layer_allocator.statistic(evidence)
+
+
+def test_attention_of_a_window_without_queries_is_an_error() -> None:
+    with pytest.raises(ValueError, match="last queries are needed and were not kept"):
+        _ = paged(PagedCache(PROMPT), raw_queries=None).window_attention
+
+
+@pytest.mark.parametrize("needs", [[0], [1], [2], [0, 1], [1, 0], [2, 0], [0, 1, 2], [0, 2, 1]])
+def test_the_costliest_evidence_includes_all(needs: list[int]) -> None:
+    kinds = [Evidence.NONE, Evidence.KEYS, Evidence.WINDOW_QUERIES]
+    assert Evidence.costliest(*(kinds[need] for need in needs)) is kinds[max(needs)]
 
 
 def test_votes_without_queries_are_an_error() -> None:

@@ -11,10 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.allocation import pyramid_bounds, pyramid_shares
+from kvcache.allocators.adakv import AdaHeads
+from kvcache.allocators.zigzag import ZigZagLayers, tokens_for_mass
+from kvcache.allocators.zipvl import ZipVLLayers
 from kvcache.budget import Budget
 from kvcache.evidence import LayerEvidence
+from kvcache.policies.criticalkv import CriticalKV
+from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.snapkv import SnapKV
+from kvcache.policies.tova import TOVA
+from kvcache.registry import make_policy
 from kvcache.scorers import Pooling, pool, reduce_group, window_attention
 from kvcache.selection import force, keep_top
 from tests.kvcache.synthetic import PagedCache, compress, positions_of, words
@@ -124,6 +131,23 @@ def test_pyramid_bounds(scored: int, room: int, expected: tuple[int, int]) -> No
     assert sum(expected) == 2 * scored
 
 
+@pytest.mark.parametrize(
+    ("words", "ends"),
+    [
+        ({"policy": "pyramidkv", "window": 100}, (490, 110)),
+        ({"policy": "tova", "layers": "pyramid", "window": 100}, (490, 110)),
+        ({"policy": "l2norm", "layers": "pyramid", "recent": 100}, (490, 110)),
+        ({"policy": "streamingllm", "layers": "pyramid"}, (585, 15)),
+    ],
+)
+def test_pyramid_leaves_out_the_last_tokens_that_stay_anyway(words: dict[str, object], ends: tuple[int, int]) -> None:
+    policy = make_policy(words)
+    assert policy is not None
+    shares = policy.layer_allocator.shares(5, 300, 2000)
+    assert shares[[0, -1]].tolist() == list(ends)
+    assert float(shares.sum()) == pytest.approx(1500)
+
+
 def test_short_prompts_are_shared_uniformly() -> None:
     assert pyramid_shares(32, 2048, 4000, 8, 20).tolist() == [2048.0] * 32
     assert pyramid_shares(32, 2048, 4079, 8, 20).tolist() == [2048.0] * 32
@@ -140,6 +164,145 @@ def test_l2norm_keeps_the_smallest_norms(keep: str, expected: list[int]) -> None
     scores = policy.scores(LayerEvidence(0, keys, keys, None, 1.0))
     kept = keep_top(force(scores, 0, 0), torch.tensor([Budget.parse(keep).resolve(4)]))
     assert kept[0].tolist() == expected
+
+
+LMBA = [
+    ([0.5, 0.3, 0.15, 0.05], 0.9, 3),
+    ([0.5, 0.3, 0.1, 0.1], 0.9, 3),  # in floating point a little less than 0.9
+    ([0.97, 0.01, 0.01, 0.01], 0.9, 1),
+    ([0.01, 0.01, 0.97, 0.01], 0.9, 1),
+    ([0.25, 0.15, 0.025, 0.075], 0.9, 3),  # half the mass lies elsewhere: shares of what is here
+    ([0.25] * 4, 1.0, 4),
+    ([0.25] * 4, 0.5, 2),
+    ([0.25] * 4, 0.51, 3),
+    ([1.0, 0.0, 0.0, 0.0], 1.0, 1),
+    ([0.0] * 4, 0.9, 1),
+    ([1.0], 1.0, 1),
+    ([1 / 25] * 25, 0.2, 5),  # five of them sum to less than a fifth of the whole in float32
+]
+
+
+@pytest.mark.parametrize(("row", "mass", "count"), LMBA)
+def test_lmba(row: list[float], mass: float, count: int) -> None:
+    found = tokens_for_mass(torch.tensor([row, row[::-1]]), mass)
+    assert found.dtype == torch.int64 and found.tolist() == [count, count]
+
+
+def test_lmba_of_long_rows() -> None:
+    """Sums of many small numbers: 90 % of 100,000 equal ones, not a token more than rounding explains."""
+    assert abs(int(tokens_for_mass(torch.full((100_000,), 1e-5), 0.9)) - 90_000) <= 50
+
+
+def attention(*rows: list[float], values: torch.Tensor | None = None) -> LayerEvidence:
+    """One layer whose window gives this to the tokens before it, by query head; two query heads a KV head."""
+    keys = torch.zeros(max(1, len(rows) // 2), len(rows[0]) + 1, 4)
+    evidence = LayerEvidence(0, keys, keys if values is None else values, None, 1.0)
+    evidence.__dict__["window_attention"] = torch.tensor(rows)
+    return evidence
+
+
+def test_zigzag_shares() -> None:
+    allocator = ZigZagLayers(ZigZagLayers.Args.model_validate({"bound": 0.5}))
+    lmba = torch.tensor([100.0, 50, 25, 25], dtype=torch.float64)
+    assert allocator.shares(4, 128, 1000, lmba).tolist() == [192, 128, 96, 96]
+    assert allocator.shares(1, 128, 1000, lmba[:1]).tolist() == [128]
+    alike = ZigZagLayers(ZigZagLayers.Args.model_validate({"bound": 1.0}))
+    assert alike.shares(4, 128, 1000, lmba).tolist() == [128] * 4
+    free = ZigZagLayers(ZigZagLayers.Args.model_validate({"bound": 0.0}))
+    assert free.shares(4, 128, 1000, lmba).tolist() == [256, 128, 64, 64]
+
+
+def test_zigzag_measures_heads_and_zipvl_their_mean() -> None:
+    """Two heads that each need one token need two together."""
+    evidence = attention([0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01])
+    zigzag, zipvl = (
+        ZigZagLayers(ZigZagLayers.Args.model_validate({})),
+        ZipVLLayers(ZipVLLayers.Args.model_validate({"tau": 0.9})),
+    )
+    assert (float(zigzag.statistic(evidence)), float(zipvl.statistic(evidence))) == (1, 2)
+    assert float(zigzag.statistic(attention([0.97, 0.01, 0.01, 0.01], [0.25] * 4))) == 2.5
+
+
+@pytest.mark.parametrize(("tau", "count"), [(0.7, 2), (0.85, 3), (0.9, 4), (0.975, 5)])
+def test_zipvl_counts(tau: float, count: int) -> None:
+    allocator = ZipVLLayers(ZipVLLayers.Args.model_validate({"tau": tau}))
+    statistic = allocator.statistic(attention([0.4, 0.3, 0.15, 0.1, 0.05]))
+    assert statistic.shape == () and statistic.is_floating_point() and float(statistic) == count
+    counts = torch.tensor([2.0, 3, 4, 5, 2], dtype=torch.float64)
+    assert allocator.shares(5, 64, 1000, counts).tolist() == pytest.approx([40, 60, 80, 100, 40])
+
+
+ADA = [[0.30, 0.25, 0.20, 0.15, 0.06, 0.02, 0.01, 0.01], [0.93, 0.02, 0.015, 0.01, 0.01, 0.005, 0.005, 0.005]]
+
+
+@pytest.mark.parametrize(("floor", "counts"), [(0, [6, 2]), (0.2, [6, 2]), (0.5, [6, 2]), (0.75, [5, 3]), (1, [4, 4])])
+def test_adakv_counts(floor: float, counts: list[int]) -> None:
+    """The paper's code loses a token at 0.2; this rule, kvpress's, none."""
+    allocator, scores = AdaHeads(AdaHeads.Args.model_validate({"floor": floor})), torch.tensor(ADA)
+    before = scores.clone()
+    assert allocator.shares(scores, 4).tolist() == counts
+    assert allocator.shares(scores.flip(0, 1), 4).tolist() == counts[::-1]
+    assert torch.equal(scores, before)
+    assert allocator.shares(scores, 8).tolist() == [8, 8] and allocator.shares(scores, 0).tolist() == [0, 0]
+    kept = keep_top(scores, torch.tensor([6, 2]))
+    lost = [1 - float(row[positions[positions < 8]].sum()) for row, positions in zip(scores, kept, strict=True)]
+    assert lost == pytest.approx([0.02, 0.05], abs=1e-6)
+
+
+@pytest.mark.parametrize(("first_stage", "kept"), [(0.67, [0, 3]), (0, [2, 3]), (1, [0, 1])])
+def test_criticalkv_of_four_tokens(first_stage: float, kept: list[int]) -> None:
+    """Two of four tokens stay beside the window of one, which counts as one of the first stage: its share of a budget
+    of three is one other token, none or two."""
+    votes, norms = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 1, 2, 10, 1])
+    keys = torch.cat([votes.log(), torch.tensor([-50.0])])[None, :, None]
+    evidence = LayerEvidence(0, keys, norms[None, :, None] * torch.tensor([0.5, -0.5]), torch.ones(1, 1, 1), 1.0)
+    words = {"budget": 3, "window": 1, "pooling": "none", "first_stage": first_stage}
+    scores = CriticalKV(CriticalKV.Args.model_validate(words)).scores(evidence)
+    assert keep_top(force(scores, 0, 1), torch.tensor([3])).tolist() == [[*kept, 4]]
+    if not first_stage:
+        torch.testing.assert_close(scores[0, :4], torch.tensor([0.04001, 0.3001, 0.4002, 1.001]) / 1.001)
+
+
+def test_criticalkv_with_a_first_stage_beyond_the_prompt_goes_by_votes() -> None:
+    torch.manual_seed(0)
+    evidence = LayerEvidence(0, torch.randn(1, 50, 8), torch.randn(1, 50, 8), torch.randn(2, 1, 8), 1.0)
+    words = {"budget": 1024, "window": 2, "pooling": "none"}
+    votes, scores = (policy(policy.Args.model_validate(words)).scores(evidence) for policy in (SnapKV, CriticalKV))
+    assert scores.argsort(-1).tolist() == votes.argsort(-1).tolist()
+
+
+def test_tova_averages_heads() -> None:
+    """Alone, the first head would drop token 2 and the second token 0."""
+    scores = TOVA(TOVA.Args.model_validate({})).scores(attention([0.5, 0.3, 0.2], [0.1, 0.2, 0.7]))
+    torch.testing.assert_close(scores, torch.tensor([[0.3, 0.25, 0.45, math.inf]]))
+    assert keep_top(scores, torch.tensor([3])).tolist() == [[0, 2, 3]]
+
+
+def test_tovas_votes_of_one_head_are_snapkvs_without_pooling() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(1, 30, 8)
+    evidence = LayerEvidence(0, keys, keys, torch.randn(1, 1, 8), 0.3)
+    snapkv = SnapKV(SnapKV.Args.model_validate({"window": 1, "kernel": 1}))
+    assert torch.equal(TOVA(TOVA.Args.model_validate({})).scores(evidence), snapkv.scores(evidence))
+
+
+def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer() -> None:
+    kept = positions_of(compress(PagedCache(150, num_heads=8, num_kv_heads=4, uneven=True), words("tova", 70)).kept)
+    assert all(heads == [heads[0]] * 4 for heads in kept)
+    assert len({tuple(heads[0]) for heads in kept}) == len(kept)
+
+
+def test_keydiff_keeps_the_outlier_and_identical_keys_tie() -> None:
+    keys = torch.tensor([[3.0, 4.0]]).repeat(12, 1)
+    keys[7] = torch.tensor([4.0, -3.0])
+    keys[5] *= 9.0  # lengths don't count
+    scores = KeyDiff(KeyDiff.Args.model_validate({})).scores(LayerEvidence(0, keys[None], keys[None], None, 1.0))[0]
+    others = torch.cat([scores[:7], scores[8:]])
+    torch.testing.assert_close(others, others[:1].expand(11), rtol=1e-6, atol=0)
+    kept = keep_top(force(scores[None], 0, 0), torch.tensor([1]))
+    assert kept.tolist() == [[7]]
+    # The anchor is the mean of eleven (3, 4) / 5 and one (4, -3) / 5: cosines 11 and 1 of the root of 122.
+    assert [float(scores[0]), float(scores[7])] == pytest.approx([-11 / 122**0.5, -1 / 122**0.5])
 
 
 def test_ties_go_to_the_lower_position() -> None:

@@ -13,7 +13,7 @@ from kvcache.compressor import Compact, Compressor, Start
 from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
-from kvcache.registry import make_policy, policies
+from kvcache.registry import HEADS, LAYERS, make_policy, policies
 from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
 
 ALL = sorted(policies())
@@ -244,16 +244,41 @@ def test_token_whose_score_is_nan_stays_and_is_counted() -> None:
     assert position not in run.kept[2][0].tolist()
 
 
+WHOLE_HEAD = 160 - WINDOW
+# One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys.
+NANS = {"streamingllm": 0, "random": 0, "l2norm": 1, "keydiff": 160, "tova": 2 * WHOLE_HEAD}
+
+
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("policy", ALL)
-def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str) -> None:
-    """One NaN key makes every SnapKV vote of its head NaN; the sinks and the window stay all the same."""
+def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str, heads: str) -> None:
+    """The sinks and the window stay all the same, in every head; competing heads get no less than that."""
+    cache = PagedCache(160, num_kv_heads=2)
+    spoil(cache, 1, 0, 40)
+    run = compress(cache, words(policy, BUDGET, heads=heads))
+    assert run.report.nan_scores == NANS.get(policy, WHOLE_HEAD)
+    forced = {*range(SINKS), *range(160 - run.policy.recent, 160)}
+    for _, _, positions in run.heads():
+        assert forced <= set(positions.tolist())
+    nan, other = (len(positions) for positions in run.kept[1])
+    layer = sum(len(positions) for positions in run.kept[1])
+    assert layer == 2 * run.plan.kept_pages * PAGE or run.policy.layers.lengths_differ
+    if heads == "adakv" and NANS.get(policy, WHOLE_HEAD) == WHOLE_HEAD:
+        # Its NaNs win all that is free, and the other head has what it is sure of.
+        assert nan > other
+    elif heads == "equal":
+        assert nan == other
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_nan_attention_of_a_layer_leaves_sums_and_forced_tokens_alone(layers: str) -> None:
+    """A NaN head holds its mass in one token or none, whatever the allocator makes of it."""
     cache = PagedCache(160)
     spoil(cache, 1, 0, 40)
-    run = compress(cache, words(policy, BUDGET))
-    whole_head = 160 - WINDOW
-    assert run.report.nan_scores == {"l2norm": 1, "snapkv": whole_head, "pyramidkv": whole_head}.get(policy, 0)
-    forced = {*range(SINKS), *range(160 - built(words(policy, BUDGET)).recent, 160)}
-    assert forced <= set(run.kept[1][0].tolist())
+    run = compress(cache, words("snapkv", BUDGET, layers=layers))
+    assert int(run.tables.counts[run.slot].sum()) == run.plan.kept_pages * 8
+    forced = {*range(SINKS), *range(160 - WINDOW, 160)}
+    assert all(forced <= set(positions.tolist()) for _, _, positions in run.heads())
 
 
 @pytest.mark.parametrize(
@@ -265,6 +290,11 @@ def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str) -
         ("snapkv", 40, 144),
         ("snapkv", 149, 144),
         ("pyramidkv", 146, 144),
+        ("zigzagkv", 40, 144),
+        ("adakv", 149, 144),
+        ("criticalkv", 40, 144),
+        ("tova", 40, 2 * 144),
+        ("keydiff", 149, 144),
         ("streamingllm", 40, 0),
     ],
 )
@@ -280,6 +310,20 @@ def test_nan_scores_of_a_window_that_reaches_below_the_tail_are_not_counted() ->
     cache = PagedCache(146)
     spoil(cache, 1, 0, 40)
     assert compress(cache, words("snapkv", BUDGET)).report.nan_scores == 140
+
+
+def test_values_of_zero_are_no_nan_scores() -> None:
+    cache = PagedCache(160)
+    cache.values[1, 0, 158] = 0
+    cache.write(158, 159, cache.pages)
+    assert compress(cache, words("criticalkv", BUDGET)).report.nan_scores == 0
+
+
+def test_nan_value_is_one_nan_score() -> None:
+    cache = PagedCache(160)
+    cache.values[1, 0, 40] = float("nan")
+    cache.write(40, 41, cache.pages)
+    assert compress(cache, words("criticalkv", BUDGET)).report.nan_scores == 1
 
 
 def test_random_depends_on_its_seed_and_differs_over_layers_and_heads() -> None:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 import kvcache.registry
-from kvcache.evidence import LayerEvidence
-from kvcache.policies.base import Policy
+from kvcache.allocators.base import LayerAllocator
+from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.policies.snapkv import SnapKV
-from kvcache.registry import BUILT_IN, ENTRY_POINT_GROUP, PolicyError, make_policy, policies, policy_words
-from tests.kvcache.synthetic import PagedCache, compress
+from kvcache.registry import (
+    BUILT_IN,
+    ENTRY_POINT_GROUP,
+    HEADS,
+    LAYERS,
+    PARTS,
+    PolicyError,
+    make_policy,
+    policies,
+    policy_class,
+    policy_words,
+)
+from tests.kvcache.synthetic import PagedCache, compress, words
 
-NAMES = "none, streamingllm, l2norm, snapkv, pyramidkv, random"
+NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, random"
+LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
 ARGUMENTS = "budget, sinks, window, kernel, pooling, group_reduce, group_stage"
 BUDGET = "a whole number of tokens or a share of the prompt such as '25%'"
 
@@ -48,7 +63,29 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "snapkv", "budget": 1.5}, "kv_cache.budget", "got 1.5", BUDGET),
     ({"policy": "pyramidkv", "beta": 0}, "kv_cache.beta", "got 0", "integer >= 1 and <= 1000"),
     ({"policy": "random", "seed": -1}, "kv_cache.seed", "got -1", "integer >= 0 and <= 2147483647"),
-]
+    ({"policy": "snapkv", "layers": "zigzagkv"}, "kv_cache.layers", "no such allocator: 'zigzagkv'", LAYER_NAMES),
+    ({"policy": "snapkv", "layers": "adakv"}, "kv_cache.layers", "no such allocator: 'adakv'", LAYER_NAMES),
+    ({"policy": "snapkv", "layers": None}, "kv_cache.layers", "no such allocator: None", LAYER_NAMES),
+    ({"policy": "snapkv", "layers": ["zigzag"]}, "kv_cache.layers", "no such allocator: ['zigzag']", LAYER_NAMES),
+    ({"policy": "zigzagkv", "heads": "zigzag"}, "kv_cache.heads", "no such allocator: 'zigzag'", HEAD_NAMES),
+    ({"policy": "adakv", "heads": 2}, "kv_cache.heads", "no such allocator: 2", HEAD_NAMES),
+    ({"policy": "snpkv", "heads": "x"}, "kv_cache.policy", "unknown policy 'snpkv'", NAMES),
+    ({"policy": "none", "layers": "uniform"}, "kv_cache.layers", "takes no arguments", "no further fields"),
+    ({"policy": "none", "heads": "adakv"}, "kv_cache.heads", "takes no arguments", "no further fields"),
+    ({"policy": "snapkv", "mass": 0.9}, "kv_cache.mass", "snapkv has no such argument", ARGUMENTS),
+    ({"policy": "snapkv", "heads": "adakv", "mass": 0.9}, "kv_cache.mass", "no such argument", f"floor, {ARGUMENTS}"),
+    ({"policy": "l2norm", "window": 8}, "kv_cache.window", "no such argument", "budget, sinks, recent"),
+    ({"policy": "l2norm", "layers": "pyramid", "window": 8}, "kv_cache.window", "no such argument",
+     "beta, budget, sinks, recent"),
+    ({"policy": "tova", "layers": "zipvl", "bound": 0.5}, "kv_cache.bound", "no such argument",
+     "window, tau, budget, sinks"),
+    ({"policy": "adakv", "floor": 1.01}, "kv_cache.floor", "got 1.01", "number >= 0 and <= 1"),
+    ({"policy": "adakv", "floor": math.nan}, "kv_cache.floor", "got nan", "number >= 0 and <= 1"),
+    ({"policy": "snapkv", "layers": "zigzag", "bound": -0.1}, "kv_cache.bound", "got -0.1", "number >= 0 and <= 1"),
+    ({"policy": "snapkv", "layers": "pyramid", "beta": 0}, "kv_cache.beta", "got 0", "integer >= 1 and <= 1000"),
+    ({"policy": "criticalkv", "epsilon": -1}, "kv_cache.epsilon", "got -1", "number >= 0 and <= 1"),
+    ({"policy": "criticalkv", "first_stage": "half"}, "kv_cache.first_stage", "got 'half'", "number >= 0 and <= 1"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "field", "problem", "allowed"), MISTAKES, ids=lambda value: str(value)[:40])
@@ -58,6 +95,8 @@ def test_errors_name_the_field_and_what_is_allowed(
     with pytest.raises(PolicyError) as caught:
         make_policy(words)
     error = caught.value
+    if "no such argument" in problem:
+        allowed += ", layers, heads"
     assert error.field == field and problem in error.problem and error.allowed == allowed
     message = str(error)
     assert message.startswith(f"{field}: ") and message.endswith(f" Allowed: {allowed}.")
@@ -85,12 +124,106 @@ def test_words_come_back(policy: str, budget: int | str | None) -> None:
     assert set(words) == {"policy", *built.Args.model_fields}
 
 
-def test_every_argument_comes_back() -> None:
-    words = {
-        "policy": "pyramidkv", "budget": 99, "sinks": 0, "window": 5, "kernel": 3, "pooling": "avg",
-        "group_reduce": "sum", "group_stage": "logits", "beta": 7,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"policy": "pyramidkv", "budget": 99, "sinks": 0, "window": 5, "kernel": 3, "pooling": "avg",
+         "group_reduce": "sum", "group_stage": "logits", "beta": 7},
+        {"policy": "zigzagkv", "budget": 99, "sinks": 0, "window": 5, "kernel": 3, "pooling": "avg",
+         "group_reduce": "sum", "group_stage": "logits", "mass": 0.75, "bound": 0.125, "heads": "adakv", "floor": 0.3},
+        {"policy": "criticalkv", "budget": "7%", "sinks": 0, "window": 5, "kernel": 3, "pooling": "none",
+         "group_reduce": "sum", "group_stage": "logits", "first_stage": 0.1, "epsilon": 1e-7},
+        {"policy": "tova", "budget": 99, "sinks": 0, "window": 2, "layers": "zipvl", "tau": 0.1 + 0.2},
+        {"policy": "keydiff", "budget": 99, "sinks": 0, "recent": 2, "layers": "pyramid", "beta": 3, "heads": "adakv",
+         "floor": 0.0},
+    ],
+    ids=lambda words: words["policy"],
+)  # fmt: skip
+def test_every_argument_comes_back(words: dict[str, Any]) -> None:
     assert policy_words(make_policy(words)) == words
+
+
+COMBINATIONS = pytest.mark.parametrize(
+    ("policy", "layers", "heads"), list(product(policies(), LAYERS, HEADS)), ids=lambda value: str(value)
+)
+
+
+@COMBINATIONS
+def test_combinations_come_back(policy: str, layers: str, heads: str) -> None:
+    """Allocators are named where they aren't the policy's own; arguments are those of the policy and of its parts."""
+    usual = policies()[policy]
+    built = make_policy({"policy": policy, "layers": layers, "heads": heads, "sinks": 7})
+    assert isinstance(built, usual) and built.name == policy
+    assert built.describe()["description"] == usual.describe()["description"]
+    assert type(built.layer_allocator) is built.layers is LAYERS[layers]
+    assert type(built.head_allocator) is built.heads is HEADS[heads]
+    words = json.loads(json.dumps(policy_words(built)))
+    assert words.get("layers", usual.layers.name) == layers and ("layers" in words) == (usual.layers.name != layers)
+    assert words.get("heads", usual.heads.name) == heads and ("heads" in words) == (usual.heads.name != heads)
+    again = make_policy(words)
+    assert type(again) is type(built) and again is not None and again.args == built.args
+    assert policy_words(again) == words and words["sinks"] == 7
+    parts = {*LAYERS[layers].Args.model_fields, *HEADS[heads].Args.model_fields}
+    assert parts <= set(built.Args.model_fields) <= {*usual.Args.model_fields, *parts}
+    assert (type(built) is usual) == ((layers, heads) == (usual.layers.name, usual.heads.name))
+
+
+@COMBINATIONS
+def test_arguments_that_a_policy_has_itself_keep_its_defaults(policy: str, layers: str, heads: str) -> None:
+    """TOVA's window is one query, whichever allocator looks at it too."""
+    own, combined = policies()[policy], policy_class({"policy": policy, "layers": layers, "heads": heads})
+    assert PolicyArgs.model_fields.keys() <= combined.Args.model_fields.keys()
+    for name in own.Args.model_fields.keys() & combined.Args.model_fields.keys():
+        assert repr(combined.Args.model_fields[name]) == repr(own.Args.model_fields[name])
+
+
+@COMBINATIONS
+def test_needs_of_combinations(policy: str, layers: str, heads: str) -> None:
+    """What an allocator looks at is kept while the prompt runs, and must fit into the smallest budget."""
+    small = {"window": 50} if layers in ("zigzag", "zipvl") else {}
+    built = make_policy({"policy": policy, "layers": layers, "heads": heads, "budget": 1, **small})
+    usual = make_policy({"policy": policy})
+    assert built is not None and usual is not None
+    assert (usual.query_window > 0) == (usual.evidence is Evidence.WINDOW_QUERIES)
+    if not small:
+        assert (built.evidence, built.query_window) == (usual.evidence, usual.query_window)
+        assert built.minimum_budget(16) == usual.minimum_budget(16)
+        return
+    assert built.evidence is Evidence.WINDOW_QUERIES and built.query_window == 50
+    assert built.minimum_budget(16) == 50 + 4 + 32
+    assert built.recent == (50 if policies()[policy].query_aware else usual.recent)
+    assert built.plan(86, 16) is None and built.plan(87, 16) is not None
+
+
+OWN_PARTS = [("zigzagkv", "layers", "uniform", {"mass": 0.5}), ("zigzagkv", "layers", "zipvl", {"bound": 0.5}),
+             ("pyramidkv", "layers", "uniform", {"beta": 7}), ("adakv", "heads", "equal", {"floor": 0.5})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "field", "part", "foreign"), OWN_PARTS)
+def test_arguments_of_an_own_part_that_was_not_chosen_are_refused(
+    policy: str, field: str, part: str, foreign: dict[str, Any]
+) -> None:
+    with pytest.raises(PolicyError, match="has no such argument"):
+        make_policy({"policy": policy, field: part, **foreign})
+
+
+@pytest.mark.parametrize(("part", "field"), [("zigzag", "mass"), ("zipvl", "tau")])
+def test_excluded_bounds_are_named(part: str, field: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        make_policy({"policy": "snapkv", "layers": part, field: 0})
+    assert caught.value.allowed == "number > 0 and <= 1"
+
+
+@pytest.mark.parametrize("part", [part for known in PARTS.values() for part in known.values()], ids=lambda p: p.name)
+def test_description_of_allocators_is_json(part: Any) -> None:
+    text = json.loads(json.dumps(part.describe()))
+    assert all(text[key] for key in ("title", "paper", "evidence", "description"))
+    assert (text["evidence"] == "last-w queries") == (part.name in ("zigzag", "zipvl"))
+    assert all(
+        argument["description"] and "default" in argument for argument in text["arguments"]["properties"].values()
+    )
+    assert text["arguments"]["additionalProperties"] is False
+    assert [known[part.name] is part for known in PARTS.values() if part.name in known] == [True]
 
 
 def test_none_is_no_policy() -> None:
@@ -110,12 +243,20 @@ def test_description_is_json_with_defaults_and_bounds(policy: type[Policy]) -> N
     assert [form["type"] for form in arguments["budget"]["anyOf"]] == ["integer", "string"]
     assert all(argument["description"] and "default" in argument for argument in arguments.values())
     assert text["arguments"]["additionalProperties"] is False
+    assert (text["layers"], text["heads"]) == (policy.layers.name, policy.heads.name)
+    assert text["layer_lengths_differ"] == (policy.layers.name != "uniform")
 
 
 def test_descriptions_of_builtin_policies_differ() -> None:
     assert list(policies()) == [policy.name for policy in BUILT_IN]
     for key in ("title", "paper", "description"):
         assert len({policy.describe()[key] for policy in BUILT_IN}) == len(BUILT_IN)
+    assert {policy.name: (policy.layers.name, policy.heads.name) for policy in BUILT_IN} == {
+        **{policy.name: ("uniform", "equal") for policy in BUILT_IN},
+        "pyramidkv": ("pyramid", "equal"),
+        "zigzagkv": ("zigzag", "equal"),
+        "adakv": ("uniform", "adakv"),
+    }
 
 
 class FirstHalf(Policy):
@@ -172,6 +313,46 @@ def test_policy_of_another_package_works_whole(install: Install) -> None:
         make_policy({"policy": "x"})
     run = compress(PagedCache(150), {"policy": "firsthalf", "budget": 70, "sinks": 0})
     assert all(positions.tolist() == list(range(64)) for _, _, positions in run.heads())
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_policy_of_another_package_works_with_every_allocator(install: Install, layers: str, heads: str) -> None:
+    """It overrides `scores` alone. With sinks, and a window that it knows nothing of."""
+    install(FirstHalf)
+    cache = PagedCache(150, num_heads=4, num_kv_heads=2, uneven=True)
+    order = words("firsthalf", 70, layers=layers, heads=heads)
+    assert ("window" in order) == (layers in ("zigzag", "zipvl"))
+    run = compress(cache, order)
+    counts = run.tables.counts[run.slot]
+    assert int(counts.sum()) == run.plan.kept_pages * 4 * 2
+    for layer, head, positions in run.heads():
+        assert positions.tolist() == list(range(int(counts[layer, head]) * 16))
+
+
+class Halves(LayerAllocator):
+    """Nothing for upper layers beyond what they must have."""
+
+    name = "halves"
+    title = "Lower layers"
+    paper = "none"
+
+    def shares(
+        self, num_layers: int, budget: int, prompt_len: int, statistics: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        lower = [2.0 * budget] * (num_layers // 2)
+        return torch.tensor(lower + [0.0] * (num_layers - len(lower)), dtype=torch.float64)
+
+
+class LowerHalf(FirstHalf):
+    name = "lowerhalf"
+    layers = Halves
+
+
+def test_policy_of_another_package_may_bring_its_allocator(install: Install) -> None:
+    install(LowerHalf)
+    words = policy_words(make_policy({"policy": "lowerhalf", "budget": 70}))
+    assert words == {"policy": "lowerhalf", "budget": 70, "sinks": 4}
 
 
 @pytest.mark.parametrize("target", [Impostor, Nothing])

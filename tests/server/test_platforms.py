@@ -119,10 +119,7 @@ def test_gpus_get_our_classes() -> None:
     [
         (),
         ("--attention-backend", "FLASH_ATTN"),
-        pytest.param(
-            ("--attention-config.backend", "FLASH_ATTN"),
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="vLLM takes one of the two flags only"),
-        ),
+        ("--attention-config.backend", "FLASH_ATTN"),
     ],
     ids=lambda argv: "-".join(argv) or "none",
 )

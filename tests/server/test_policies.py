@@ -76,6 +76,34 @@ def test_the_description_lists_all_policies_with_their_arguments() -> None:
     assert PolicyDesk({"policy": "none"}, 32, "why").describe()["unavailable_reason"] == "why"
 
 
+def test_the_description_lists_all_allocators_with_their_arguments() -> None:
+    allocators = PolicyDesk({"policy": "none"}, 32).describe()["allocators"]
+    assert {field: [part["name"] for part in known] for field, known in allocators.items()} == {
+        "layers": ["uniform", "pyramid", "zigzag", "zipvl"],
+        "heads": ["equal", "adakv"],
+    }
+    everyone = [part for known in allocators.values() for part in known]
+    arguments = {part["name"]: set(part["arguments"]["properties"]) for part in everyone}
+    assert arguments == {
+        "uniform": set(), "pyramid": {"beta"}, "zigzag": {"window", "mass", "bound"}, "zipvl": {"window", "tau"},
+        "equal": set(), "adakv": {"floor"},
+    }  # fmt: skip
+    assert all(part["title"] and part["paper"] and part["description"] for part in everyone)
+
+
+def test_chosen_allocators_are_checked_and_told() -> None:
+    desk = PolicyDesk({"policy": "none"}, 16)
+    words = desk.check({"policy": "l2norm", "layers": "zigzag", "heads": "adakv", "window": 100})
+    assert words.items() >= {"layers": "zigzag", "heads": "adakv", "window": 100, "mass": 0.9, "floor": 0.2}.items()
+    assert desk.check(words) == words
+    with pytest.raises(PolicyError, match=r"kv_cache\.heads: there is no such allocator: 'ada'.*Allowed: equal, adakv"):
+        desk.check({"policy": "l2norm", "heads": "ada"})
+    # The window's queries have to fit: 100 + 4 sinks + two pages.
+    assert desk.check({"policy": "l2norm", "layers": "zigzag", "window": 100, "budget": 136})
+    with pytest.raises(PolicyError, match=">= 136 tokens"):
+        desk.check({"policy": "l2norm", "layers": "zigzag", "window": 100, "budget": 135})
+
+
 class Needy(Policy):
     """A third party's policy whose argument has no default."""
 

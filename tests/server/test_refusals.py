@@ -26,7 +26,6 @@ GEMMA = {
     **TINY, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 128, "head_dim": 32,
 }  # fmt: skip
 Configure = Callable[..., Any]
-NOT_YET = pytest.mark.xfail(strict=True, reason="vLLM takes names in any case, and auto for its own choice")
 RUNNERS = {"cpu": "0", "cuda": "1"}
 """Whether vLLM runs its Model Runner V2 there."""
 
@@ -229,8 +228,8 @@ def test_flags_are_refused(parse: Callable[..., Namespace], argv: tuple[str, ...
         ("--attention-config.backend", "FLASH_ATTN"),
         ("--attention-config.backend", "auto"),
         ("--attention-config.flash_attn_version", "2"),
-        pytest.param(("--attention-backend", "auto"), marks=NOT_YET),
-        pytest.param(("--attention-backend", "flash_attn"), marks=NOT_YET),
+        ("--attention-backend", "auto"),
+        ("--attention-backend", "flash_attn"),
     ],
     ids=lambda argv: "-".join(argv) or "none",
 )

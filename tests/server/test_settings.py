@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.registry import policies
+from kvcache.registry import HEADS, LAYERS, PARTS, policies
 from server import settings
 from server.errors import StartError
 from server.platforms import Platform
@@ -39,6 +39,13 @@ def test_no_flag_means_no_compression() -> None:
          {"policy": "random", "budget": 512, "sinks": 4, "recent": 32, "seed": 3}),
         (("--kv-policy", "snapkv", "--kv-pooling", "avg", "--kv-group-reduce", "max"),
          {"pooling": "avg", "group_reduce": "max"}),
+        (("--kv-policy", "tova", "--kv-layers", "zigzag", "--kv-heads=adakv", "--kv-mass", "0.8", "--kv-floor=0"),
+         {"policy": "tova", "layers": "zigzag", "heads": "adakv", "mass": 0.8, "bound": 0.5, "floor": 0.0,
+          "window": 1}),
+        (("--kv-policy=l2norm", "--kv-layers=zipvl", "--kv-window=8"),
+         {"policy": "l2norm", "layers": "zipvl", "window": 8, "tau": 0.975, "recent": 32}),
+        (("--kv-policy", "criticalkv", "--kv-first-stage", "1", "--kv-epsilon=1e-3"),
+         {"policy": "criticalkv", "first_stage": 1.0, "epsilon": 0.001}),
     ],
 )  # fmt: skip
 def test_flags_become_words(argv: tuple[str, ...], words: dict[str, Any]) -> None:
@@ -55,13 +62,46 @@ def test_every_argument_of_every_policy_has_a_flag() -> None:
         assert chosen("--kv-policy", policy.name, *given) == chosen("--kv-policy", policy.name)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_every_argument_of_every_combination_has_a_flag(layers: str, heads: str) -> None:
+    for name in policies():
+        parts = ("--kv-policy", name, "--kv-layers", layers, "--kv-heads", heads)
+        usual = policies()[name]
+        words = chosen(*parts)
+        assert words.get("layers", usual.layers.name) == layers and words.get("heads", usual.heads.name) == heads
+        given = [
+            text
+            for argument, value in words.items()
+            if argument not in ("policy", *PARTS)
+            for text in (f"--kv-{argument.replace('_', '-')}", str(value))
+        ]
+        assert chosen(*parts, *given) == words
+
+
+def test_an_own_allocator_that_is_named_goes_without_saying() -> None:
+    assert chosen("--kv-policy=zigzagkv", "--kv-layers=zigzag", "--kv-heads=equal") == chosen("--kv-policy=zigzagkv")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (("--kv-budget", "25%"), ("--kv-budget without a policy", "--kv-policy NAME", "snapkv")),
         (("--kv-policy", "none", "--kv-sinks", "3"), ("--kv-sinks without a policy",)),
         (("--kv-policy", "streamingllm", "--kv-window", "8", "--kv-seed", "1"),
-         ("--kv-window, --kv-seed: the policy streamingllm takes --kv-budget, --kv-sinks.",)),
+         ("--kv-window, --kv-seed: the policy streamingllm takes --kv-layers, --kv-heads, --kv-budget, --kv-sinks.",)),
+        (("--kv-policy", "streamingllm", "--kv-heads", "adakv", "--kv-mass", "0.9"),
+         ("--kv-mass: the policy streamingllm takes --kv-layers, --kv-heads, --kv-floor, --kv-budget, --kv-sinks.",)),
+        (("--kv-layers", "zigzag"), ("--kv-layers without a policy", "--kv-policy NAME")),
+        (("--kv-policy", "none", "--kv-heads", "adakv"), ("--kv-heads without a policy",)),
+        (("--kv-policy", "snapkv", "--kv-layers", "zig"),
+         ("--kv-layers: there is no such allocator: 'zig'. Allowed: uniform, pyramid, zigzag, zipvl.",)),
+        (("--kv-policy", "snapkv", "--kv-layers", "5"), ("--kv-layers: there is no such allocator: 5",)),
+        (("--kv-policy", "snapkv", "--kv-heads", "zigzag", "--kv-mass", "0.9"),
+         ("--kv-heads: there is no such allocator: 'zigzag'. Allowed: equal, adakv.",)),
+        (("--kv-policy", "adakv", "--kv-floor", "2"), ("--kv-floor", ">= 0 and <= 1")),
+        (("--kv-policy", "tova", "--kv-layers", "zigzag", "--kv-window", "90", "--kv-budget", "157"),
+         ("--kv-budget: 157 is too small for tova with these arguments", ">= 158")),
         (("--kv-policy", "snap"), ("--kv-policy: unknown policy 'snap'", "snapkv")),
         (("--kv-policy", "snapkv", "--kv-budget", "0"), ("--kv-budget", "'25%'")),
         (("--kv-policy", "snapkv", "--kv-budget", "1.5"), ("--kv-budget", "got 1.5")),
@@ -118,6 +158,9 @@ def test_an_installed_policy_brings_its_flags(
     add_flags(parser)
     help_text = " ".join(parser.format_help().split())
     assert "--kv-loud-ness VALUE How loud. (loud)" in help_text
+    assert "One of uniform, pyramid, zigzag, zipvl." in help_text and "One of equal, adakv." in help_text
+    assert "(zigzagkv, zigzag)" in help_text  # the takers of --kv-mass
+    assert "is sure of. (adakv)" in help_text  # policy and allocator of one name
     assert "random, loud" in help_text  # among the takers of --kv-sinks, and the names of --kv-policy
 
 

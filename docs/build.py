@@ -1,0 +1,63 @@
+"""Write docs/policies/ from the policies' own words: `make docs`. A test checks that the pages are current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kvcache.registry import BUILT_IN, PARTS
+
+HERE = Path(__file__).resolve().parent
+_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def arguments(schema: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of a table, the budget first."""
+    properties = schema.get("properties", {})
+    first = {name: properties[name] for name in ("budget", "sinks") if name in properties}
+    return [
+        {
+            "name": name,
+            "default": str(field.get("default", "needed")),
+            "allowed": _allowed(field),
+            "meaning": field.get("description", ""),
+        }
+        for name, field in {**first, **properties}.items()
+    ]
+
+
+def _allowed(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return "tokens, or a share such as 25%"
+    return ", ".join(f"{sign} {field[key]}" for key, sign in _SIGNS.items() if key in field)
+
+
+def pages() -> dict[str, str]:
+    """File names and texts."""
+    jinja = Environment(
+        loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    jinja.filters["arguments"] = arguments
+    policies = [policy.describe() for policy in BUILT_IN]
+    parts = {field: [part.describe() for part in known.values()] for field, known in PARTS.items()}
+    found = {"README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
+    page = jinja.get_template("policy.md.jinja")
+    return found | {f"{policy['name']}.md": page.render(policy=policy) for policy in policies}
+
+
+def main() -> None:
+    folder = HERE / "policies"
+    folder.mkdir(exist_ok=True)
+    for stale in set(folder.glob("*.md")) - {folder / name for name in pages()}:
+        stale.unlink()
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""AdaKV."""
+
+from __future__ import annotations
+
+from kvcache.allocators.adakv import AdaHeads
+from kvcache.policies.snapkv import SnapKV
+
+
+class AdaKV(SnapKV):
+    """SnapKV's votes; the KV heads of a layer compete for its tokens.
+
+    Heads that look everywhere get more than heads that look at a few places. Each head has its own length here, and the
+    memory is really freed (other implementations mask dropped tokens instead).
+    """
+
+    name = "adakv"
+    title = "AdaKV: SnapKV with budgets by head"
+    paper = "arXiv 2407.11550"
+    heads = AdaHeads

@@ -1,0 +1,20 @@
+"""ZigZagKV."""
+
+from __future__ import annotations
+
+from kvcache.allocators.zigzag import ZigZagLayers
+from kvcache.policies.snapkv import SnapKV
+
+
+class ZigZagKV(SnapKV):
+    """SnapKV's votes; layers whose attention is spread over many tokens keep more of them.
+
+    How many tokens hold 90 % of a layer's attention is measured on the prompt itself, so budgets differ from request to
+    request and are known when the last layer has been scored. Re-implemented from the paper's description: no code was
+    released, and the share that every layer gets alike (`bound`) is not verified.
+    """
+
+    name = "zigzagkv"
+    title = "ZigZagKV: SnapKV with budgets by each layer's uncertainty"
+    paper = "arXiv 2412.09036"
+    layers = ZigZagLayers
