@@ -39,7 +39,7 @@ UNWRITTEN = 7.25
 class UnevenCompressor(Compressor):
     """Shares pages over layers and heads at random, down to none: rows of one request differ in length."""
 
-    def _page_counts(self, policy: Any, plan: RetentionPlan) -> torch.Tensor:
+    def _page_counts(self, policy: Any, plan: RetentionPlan, scores: Any, statistics: Any) -> torch.Tensor:
         shape = (self.geometry.num_layers, self.geometry.num_kv_heads)
         room = torch.full(shape, plan.full_pages).flatten()
         owners = torch.arange(len(room)).repeat_interleave(room)
