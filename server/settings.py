@@ -59,7 +59,7 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
     words = {"policy": args.kv_policy, **given}
     try:
         if args.kv_policy in policies():
-            known = [*PARTS, *policy_class(words).Args.model_fields]
+            known = [*policy_class(words).Args.model_fields, *PARTS]
             if foreign := [name for name in given if name not in known]:
                 raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
         return PolicyDesk(words, args.block_size or 1, platform.unavailable).default

@@ -143,6 +143,15 @@ def test_other_steps_with_compacted_rows_have_none(make: Make, mode: CUDAGraphMo
     assert (piecewise > 0) == mode.has_piecewise_cudagraphs()
 
 
+@pytest.mark.parametrize("kind", OURS)
+def test_vllms_full_graphs_are_no_stand_in_for_ours(make: Make, kind: BatchKind) -> None:
+    graphs = make(CUDAGraphMode.FULL_AND_PIECEWISE)
+    graphs.ours.by_kind[kind].release_graphs()
+    desc = graphs.dispatch(kind, (2, 2, 1))
+    assert desc == graphs.vllms((2, 2, 1), uniform=False) and desc.cg_mode == CUDAGraphMode.PIECEWISE
+    assert graphs.runtime.graph is None
+
+
 @pytest.mark.parametrize("kind", BatchKind)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_steps_that_record_queries_have_no_full_graph(make: Make, mode: CUDAGraphMode, kind: BatchKind) -> None:
