@@ -45,7 +45,7 @@ def _no_flash_attention(cuda: Any) -> str | None:
     if not cuda.has_device_capability(80):
         return "policies need FlashAttention, and so a GPU of compute capability 8.0 (Ampere) or newer"
     if cuda.has_device_capability(100):
-        return "policies run on FlashAttention 2 and 3; on compute capability 10.0 (Blackwell) vLLM uses version 4"
+        return "policies run with FlashAttention on compute capability 8.0 to 9.x; newer ones (Blackwell) are untried"
     return None
 
 

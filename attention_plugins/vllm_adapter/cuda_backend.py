@@ -88,7 +88,7 @@ class StepBuffers:
 
     @staticmethod
     def nbytes(max_num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
-        return max_num_reqs * (num_kv_heads * (4 * max_pages + 8) + 9)
+        return max_num_reqs * (num_kv_heads * (4 * max_pages + 8) + 9) + 4
 
 
 class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder):

@@ -67,7 +67,9 @@ class CompressionGraphs(ModelCudaGraphManager):
         desc = super().dispatch(num_reqs, num_tokens, uniform_token_count, num_active_loras, **kwargs)
         if desc.cg_mode == CUDAGraphMode.FULL and (recording or kind is not BatchKind.DENSE):
             # Only where vLLM was asked for FULL graphs of mixed batches: then such a step runs without a graph.
-            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+            return BatchExecutionDescriptor(
+                CUDAGraphMode.NONE, num_tokens, num_reqs, num_active_loras=desc.num_active_loras
+            )
         return desc
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:

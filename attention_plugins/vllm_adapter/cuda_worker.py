@@ -28,7 +28,7 @@ cuda_backend.register()
 WINDOW_TOKENS = 1024
 """Observation-window queries that memory is set aside for, over all prompts in flight."""
 GRAPH_BYTES = 2 << 20
-"""Memory of one captured graph of ours (measured on an H100: benchmarks/results)."""
+"""Memory set aside for one captured graph of ours: an estimate; the log tells what all of them took."""
 
 
 class CUDACompressionWorker(CompressionWorker, Worker):
