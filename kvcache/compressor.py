@@ -173,7 +173,7 @@ class Compressor:
             part = force(scores[first:last], policy.args.sinks, max(0, policy.recent - plan.tail))
             part_counts = (counts[first:last] * plan.page_size).flatten()
             positions = keep_top(part.flatten(0, 1), part_counts)
-            self._copy(slot, first, counts, part_counts, positions, source)
+            self._copy(slot, first, part_counts, positions, source)
             if self.keep_positions:
                 rows = [row[:count] for row, count in zip(positions, part_counts.tolist(), strict=True)]
                 request.kept += [rows[i : i + g.num_kv_heads] for i in range(0, len(rows), g.num_kv_heads)]
@@ -202,15 +202,14 @@ class Compressor:
                 quant=self.quant[layer],
             )
             scores[layer] = request.policy.scores(evidence)[:, :below_tail]
-            if allocator.needs_statistics:
-                statistics.append(allocator.statistic(evidence))
+            if (statistic := allocator.statistic(evidence)) is not None:
+                statistics.append(statistic)
         return scores, torch.stack(statistics).double().cpu() if statistics else None
 
     def _copy(
         self,
         slot: int,
         first_layer: int,
-        counts: torch.Tensor,
         part_counts: torch.Tensor,
         positions: torch.Tensor,
         source: torch.Tensor,
@@ -219,21 +218,19 @@ class Compressor:
 
         Args:
             first_layer: the first of these layers.
-            counts: int64 [num_layers, num_kv_heads], pages of all layers, on the CPU.
             part_counts: int64 [rows], tokens of these layers' heads; a row is one (layer, head).
             positions: int64 [rows, most], kept positions.
             source: int64, the prompt's blocks.
         """
         g, device, size = self.geometry, self.pages.device, self.geometry.page_size
         row = torch.arange(len(positions), device=device)
-        starts = torch.cat([counts.flatten().cumsum(0) - counts.flatten(), part_counts.cumsum(0) - part_counts])
-        starts, tokens = to_device(starts, device), to_device(part_counts, device)
+        tokens = to_device(part_counts, device)
         row = row.repeat_interleave(tokens, output_size=int(part_counts.sum()))
-        rank = torch.arange(len(row), device=device) - starts[counts.numel() :][row]
+        rank = torch.arange(len(row), device=device) - (tokens.cumsum(0) - tokens)[row]
         position, at = positions[row, rank], row + first_layer * g.num_kv_heads
         page = self.tables.layer_base[at // g.num_kv_heads] + at % g.num_kv_heads
         page = page + source[position // size] * g.block_stride
-        kept = self.tables.pool_pages(slot, starts[at] + rank // size)
+        kept = self.tables.pool_pages(slot, self.tables.starts[slot].flatten()[at] + rank // size)
         self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
 
     def _page_counts(

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from attention_plugins.batch import CompactedBatch
+from attention_plugins.kernels.page_rows import page_rows_into
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata
 from kvcache.vllm_adapter.manager import compressible, register_spec
@@ -137,8 +138,6 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
     def attend(
         self, layer: Any, queries: torch.Tensor, metadata: SplitMetadata, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        from attention_plugins.kernels.page_rows import page_rows_into
-
         batch, tables = metadata.compacted, metadata.tables
         assert batch is not None and tables is not None
         sequences = len(batch.query_start) - 1

@@ -76,7 +76,6 @@ class CompressionRuntime:
             self.recording = any(request.window for request in known)
             if compacted:
                 self.kind = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
-
         self.in_step = True
 
     def end_step(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from kvcache.allocators.base import Arguments, HeadAllocator
+from kvcache.allocators.base import HeadAllocator
+from kvcache.method import Arguments
 
 
 class AdaHeads(HeadAllocator):

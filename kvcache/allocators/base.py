@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from kvcache.allocation import uniform_shares
-from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.evidence import LayerEvidence
+from kvcache.method import Method
 
 
-class Arguments(BaseModel):
-    """Arguments of a policy or of a part of one. Unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Allocator:
+class Allocator(Method):
     """A part of a policy that shares its budget. Its `Args` become arguments of the policy."""
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    evidence: ClassVar[Evidence] = Evidence.NONE
-    """What it needs beside scores."""
-
-    class Args(Arguments):
-        """No arguments."""
 
     def __init__(self, args: Any) -> None:
         """`args`: the policy's arguments, which include these."""
         self.args = args
-
-    @classmethod
-    def describe(cls) -> dict[str, Any]:
-        """Name, title, paper, needs and argument schema, as JSON-able data."""
-        return {
-            "name": cls.name,
-            "title": cls.title,
-            "paper": cls.paper,
-            "evidence": cls.evidence.value,
-            "description": inspect.cleandoc(cls.__doc__ or ""),
-            "arguments": cls.Args.model_json_schema(),
-        }
 
 
 class LayerAllocator(Allocator):
     """Shares a request's budget over its layers."""
 
     lengths_differ: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    """Whether shares depend on the prompt: then each layer gives a number, and all layers wait for the last one."""
 
-    def statistic(self, evidence: LayerEvidence) -> torch.Tensor:
-        """One layer's number: float, no dimension, on the evidence's device. Asked for with `needs_statistics`."""
-        raise NotImplementedError
+    def statistic(self, evidence: LayerEvidence) -> torch.Tensor | None:
+        """What one layer says of the prompt, where shares depend on it; all layers then wait for the last one.
 
+        Returns:
+            float, no dimension, on the evidence's device; or None, from every layer.
+        """
+        return None
+
+    @abstractmethod
     def shares(
         self, num_layers: int, budget: int, prompt_len: int, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -65,20 +41,21 @@ class LayerAllocator(Allocator):
 
         Args:
             budget: mean over layers, tokens.
-            statistics: float64 [num_layers], on the CPU, with `needs_statistics`.
+            statistics: float64 [num_layers], on the CPU: what `statistic` gave, if it gave anything.
 
         Returns:
             float64 [num_layers] with sum exactly `num_layers * budget`; what is out of a layer's bounds is spread
             over the others later (`kvcache.allocation.apportion`).
         """
-        raise NotImplementedError
 
 
 class HeadAllocator(Allocator):
     """Shares a layer's tokens over its KV heads."""
 
     needs_scores: ClassVar[bool] = True
+    """Without, every head gets the same and `shares` isn't asked: the GPU would be waited for."""
 
+    @abstractmethod
     def shares(self, scores: torch.Tensor, tokens: int) -> torch.Tensor:
         """Wished-for tokens of each KV head.
 
@@ -89,7 +66,6 @@ class HeadAllocator(Allocator):
         Returns:
             [num_kv_heads] on the scores' device, with sum `num_kv_heads * tokens`; nothing may wait for the device.
         """
-        raise NotImplementedError
 
 
 class UniformLayers(LayerAllocator):
@@ -113,3 +89,6 @@ class EqualHeads(HeadAllocator):
     title = "every head of a layer the same"
     paper = "none"
     needs_scores = False
+
+    def shares(self, scores: torch.Tensor, tokens: int) -> torch.Tensor:
+        return scores.new_full((len(scores),), float(tokens))

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 
 from kvcache.allocation import pyramid_shares
-from kvcache.allocators.base import Arguments, LayerAllocator
+from kvcache.allocators.base import LayerAllocator
+from kvcache.method import Arguments
 
 
 class PyramidLayers(LayerAllocator):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from kvcache.allocators.base import Arguments, LayerAllocator
+from kvcache.allocators.base import LayerAllocator
 from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.method import Arguments
 
 
 def tokens_for_mass(attention: torch.Tensor, mass: float) -> torch.Tensor:
@@ -37,7 +38,6 @@ class ZigZagLayers(LayerAllocator):
     title = "ZigZagKV: by the uncertainty of each layer's attention"
     paper = "arXiv 2412.09036"
     evidence = Evidence.WINDOW_QUERIES
-    needs_statistics = True
 
     class Args(Arguments):
         window: int = Field(32, ge=1, le=1024, description="Last queries that vote.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from kvcache.allocators.base import Arguments, LayerAllocator
+from kvcache.allocators.base import LayerAllocator
 from kvcache.allocators.zigzag import tokens_for_mass
 from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.method import Arguments
 
 
 class ZipVLLayers(LayerAllocator):
@@ -22,7 +23,6 @@ class ZipVLLayers(LayerAllocator):
     title = "ZipVL: by the fewest tokens that hold the attention"
     paper = "arXiv 2410.08584"
     evidence = Evidence.WINDOW_QUERIES
-    needs_statistics = True
 
     class Args(Arguments):
         window: int = Field(32, ge=1, le=1024, description="Last queries that vote.")

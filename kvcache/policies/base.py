@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, create_model
 
-from kvcache.allocators.base import Arguments, EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
+from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.method import Arguments, Method
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 
 
@@ -22,7 +22,7 @@ class PolicyArgs(Arguments):
     sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
 
 
-class Policy(ABC):
+class Policy(Method):
     """Decides what stays after the prompt.
 
     A policy rates every prompt token per KV head (`scores`) and names the allocators that share its budget over
@@ -34,10 +34,6 @@ class Policy(ABC):
     of the allocators by themselves.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    evidence: ClassVar[Evidence] = Evidence.NONE
     query_aware: ClassVar[bool] = False
     """Whether the kept set depends on the prompt's last queries (usually the question)."""
     layers: ClassVar[type[LayerAllocator]] = UniformLayers
@@ -70,8 +66,8 @@ class Policy(ABC):
 
     @property
     def recent(self) -> int:
-        """Last tokens of the prompt that always stay."""
-        return 0
+        """Last tokens of the prompt that always stay: the argument `recent` where there is one."""
+        return int(getattr(self.args, "recent", 0))
 
     @property
     def query_window(self) -> int:
@@ -95,16 +91,11 @@ class Policy(ABC):
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """Name, title, paper, needs and argument schema, as JSON-able data."""
+        """As a method, and how it shares its budget."""
         return {
-            "name": cls.name,
-            "title": cls.title,
-            "paper": cls.paper,
-            "evidence": cls.evidence.value,
+            **super().describe(),
             "query_aware": cls.query_aware,
             "layers": cls.layers.name,
             "heads": cls.heads.name,
             "layer_lengths_differ": cls.layers.lengths_differ,
-            "description": inspect.cleandoc(cls.__doc__ or ""),
-            "arguments": cls.Args.model_json_schema(),
         }

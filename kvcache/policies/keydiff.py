@@ -24,10 +24,6 @@ class KeyDiff(Policy):
     class Args(PolicyArgs):
         recent: int = Field(32, ge=0, le=4096, description="Last tokens of the prompt that always stay.")
 
-    @property
-    def recent(self) -> int:
-        return int(self.args.recent)
-
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         unit = normalize(evidence.keys.float(), dim=-1)
         anchor = normalize(unit.mean(1, keepdim=True), dim=-1)

@@ -27,9 +27,5 @@ class L2Norm(Policy):
 
     args: Args
 
-    @property
-    def recent(self) -> int:
-        return self.args.recent
-
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         return -torch.linalg.vector_norm(evidence.keys, dim=-1, dtype=torch.float32)

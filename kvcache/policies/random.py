@@ -25,10 +25,6 @@ class Random(Policy):
 
     args: Args
 
-    @property
-    def recent(self) -> int:
-        return self.args.recent
-
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         num_kv_heads, prompt_len, _ = evidence.shape
         generator = torch.Generator().manual_seed(self.args.seed * 1009 + evidence.layer)

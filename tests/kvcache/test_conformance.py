@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvcache.allocators.base import LayerAllocator
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.snapkv import SnapKV
@@ -97,7 +98,7 @@ def test_only_policies_that_say_so_have_layers_of_different_length(run: Run) -> 
     differ = len(set(run.report.layer_tokens)) > 1
     long = run.plan.prompt_len > 2 * BUDGET
     assert run.policy.describe()["layer_lengths_differ"] == run.policy.layers.lengths_differ
-    if long or not run.policy.layers.needs_statistics:  # attention may differ in short prompts too
+    if long or run.policy.layers.statistic is LayerAllocator.statistic:  # attention may differ in short prompts too
         assert differ == (run.policy.layers.lengths_differ and long)
 
 
