@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from kvcache.allocation import apportion
-from kvcache.evidence import PagedEvidence, QuantScales, QueryWindow
+from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.observers.base import Observer
+from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -73,7 +76,7 @@ class PendingReport:
 class _Request:
     policy: Policy
     plan: RetentionPlan
-    window: QueryWindow | None
+    observers: tuple[Observer, ...]
     slot: int | None = None
     kept: list[list[torch.Tensor]] = field(default_factory=list)
 
@@ -115,11 +118,9 @@ class Compressor:
         policy = make_policy(order.policy)
         if policy is None:
             raise ValueError(f"request {order.request_id} has no policy to start")
-        window = None
-        if policy.query_window:
-            window = QueryWindow(self.geometry.num_layers, policy.query_window, order.plan.prompt_len)
         self.finish(order.request_id)
-        self.requests[order.request_id] = _Request(policy, order.plan, window)
+        observers = policy.observers(self.geometry.num_layers, order.plan.prompt_len)
+        self.requests[order.request_id] = _Request(policy, order.plan, observers)
 
     def finish(self, request_id: str) -> None:
         """Forget a request; an unknown one is no error."""
@@ -127,10 +128,27 @@ class Compressor:
         if request and request.slot is not None:
             self.tables.release(request.slot)
 
-    def window(self, request_id: str) -> QueryWindow | None:
-        """The window that still has to be filled, or None when the request's queries aren't needed (any more)."""
+    def observers(self, request_id: str) -> tuple[Observer, ...]:
+        """What watches the request's prompt; empty where its queries aren't needed (any more)."""
         request = self.requests.get(request_id)
-        return request.window if request else None
+        return request.observers if request else ()
+
+    def evidence(
+        self, layer: int, blocks: torch.Tensor, length: int, observed: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> PagedEvidence:
+        """What the cache has of one layer's first `length` tokens; `blocks`: int64, on the cache's device."""
+        return PagedEvidence(
+            layer,
+            self.pages,
+            blocks,
+            self.geometry,
+            self.codec,
+            prompt_len=length,
+            raw_queries=observed.get(QueryWindow.name),
+            scale=self.scale,
+            quant=self.quant[layer],
+            observed=observed,
+        )
 
     def slot(self, request_id: str) -> int | None:
         """The page table's slot, once the request has been compacted."""
@@ -155,8 +173,9 @@ class Compressor:
         plan, policy = request.plan, request.policy
         if request.slot is not None:
             raise RuntimeError(f"request {order.request_id} is compacted already")
-        if request.window is not None and request.window.missing:
-            raise RuntimeError(f"{request.window.missing} window queries of request {order.request_id} were not seen")
+        for observer in request.observers:
+            if observer.missing:
+                raise RuntimeError(f"{observer.missing} {observer.name} of request {order.request_id} were not seen")
         prompt_blocks = plan.full_pages + (plan.tail > 0)
         if len(order.source_blocks) != prompt_blocks or len(order.target_blocks) != plan.kept_pages:
             raise RuntimeError(f"the blocks of request {order.request_id} don't fit its plan {plan}")
@@ -177,7 +196,7 @@ class Compressor:
             if self.keep_positions:
                 rows = [row[:count] for row, count in zip(positions, part_counts.tolist(), strict=True)]
                 request.kept += [rows[i : i + g.num_kv_heads] for i in range(0, len(rows), g.num_kv_heads)]
-        request.slot, request.window = slot, None
+        request.slot, request.observers = slot, ()
         tokens = (counts.double().mean(1) * plan.page_size + plan.tail).tolist()
         return PendingReport(order.request_id, tokens, nan_scores, watch)
 
@@ -190,17 +209,8 @@ class Compressor:
         scores = torch.empty(g.num_layers, g.num_kv_heads, below_tail, device=self.pages.device)
         allocator, statistics = request.policy.layer_allocator, []
         for layer in range(g.num_layers):
-            evidence = PagedEvidence(
-                layer,
-                self.pages,
-                source,
-                g,
-                self.codec,
-                prompt_len=plan.prompt_len,
-                raw_queries=request.window.queries[layer] if request.window else None,
-                scale=self.scale,
-                quant=self.quant[layer],
-            )
+            observed = {observer.name: observer.found(layer) for observer in request.observers}
+            evidence = self.evidence(layer, source, plan.prompt_len, observed)
             scores[layer] = request.policy.scores(evidence)[:, :below_tail]
             if (statistic := allocator.statistic(evidence)) is not None:
                 statistics.append(statistic)

@@ -1,10 +1,12 @@
-"""What a scorer may ask for, and the buffers that hold it until the prompt's end."""
+"""What a scorer may ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 
@@ -17,6 +19,7 @@ class Evidence(StrEnum):
     NONE = "none"
     KEYS = "keys"
     WINDOW_QUERIES = "last-w queries"
+    COLUMN_SUMS = "column sums"
 
     @staticmethod
     def costliest(*needs: Evidence) -> Evidence:
@@ -33,45 +36,6 @@ class QuantScales:
     value: float = 1.0
 
 
-class QueryWindow:
-    """The last `window` post-RoPE queries of one prompt, for all layers, filled while the prompt's chunks pass.
-
-    The prompt's length is known from the start, so each query has its place and a chunk of any size (one token
-    too) may arrive in any step. `missing` tells what has not come yet. Memory is taken when the first query comes:
-    a prompt of many chunks holds none before its last ones.
-    """
-
-    def __init__(self, num_layers: int, window: int, prompt_len: int) -> None:
-        self.first = prompt_len - window
-        self.window = window
-        self._queries: torch.Tensor | None = None
-        self._filled = [set[int]() for _ in range(num_layers)]
-
-    @property
-    def queries(self) -> torch.Tensor:
-        """[num_layers, window, num_heads, head_dim], as the model's attention gets them (fp8 with an fp8 cache)."""
-        if self._queries is None:
-            raise RuntimeError("no query of the window has come yet")
-        return self._queries
-
-    def overlap(self, start: int, end: int) -> tuple[int, int]:
-        """The part of positions [start, end) inside the window, as positions; empty when first >= second."""
-        return max(start, self.first), min(end, self.first + self.window)
-
-    def record(self, layer: int, position: int, queries: torch.Tensor) -> None:
-        """Store queries [n, num_heads, head_dim] of positions `position ... position + n - 1`."""
-        if self._queries is None:
-            self._queries = queries.new_empty(len(self._filled), self.window, *queries.shape[1:])
-        slot = position - self.first
-        self._queries[layer, slot : slot + queries.shape[0]] = queries
-        self._filled[layer].update(range(slot, slot + queries.shape[0]))
-
-    @property
-    def missing(self) -> int:
-        """Queries not seen yet, summed over layers."""
-        return sum(self.window - len(filled) for filled in self._filled)
-
-
 class LayerEvidence:
     """What one layer of one request knows when its prompt is done.
 
@@ -81,13 +45,20 @@ class LayerEvidence:
         values: the same shape.
         window_queries: [window, num_heads, head_dim], post-RoPE, or None for policies that don't ask for it.
         scale: softmax scale (1/sqrt(head_dim) in most models).
+        observed: what the policy's observers found, by their names (see `kvcache.observers`).
     """
 
     def __init__(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, window_queries: torch.Tensor | None, scale: float
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window_queries: torch.Tensor | None,
+        scale: float,
+        observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.layer, self.keys, self.values = layer, keys, values
-        self.window_queries, self.scale = window_queries, scale
+        self.window_queries, self.scale, self.observed = window_queries, scale, observed
 
     @cached_property
     def window_attention(self) -> torch.Tensor:
@@ -126,6 +97,7 @@ class PagedEvidence(LayerEvidence):
         raw_queries: torch.Tensor | None,
         scale: float,
         quant: QuantScales,
+        observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -134,6 +106,7 @@ class PagedEvidence(LayerEvidence):
             raw_queries: the window's queries of this layer as recorded, or None.
             quant: what raw queries, keys and values are multiplied with.
         """
+        self.observed = observed
         self.layer, self.pages, self.blocks, self.geometry, self.codec = layer, pages, blocks, geometry, codec
         self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
         self._prompt_len = prompt_len

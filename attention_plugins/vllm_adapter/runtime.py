@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvcache.compressor import Compressor, PendingReport
-from kvcache.evidence import QueryWindow
+from kvcache.evidence import LayerEvidence
+from kvcache.observers.base import Observer
 from kvcache.vllm_adapter.orders import orders_of
 
 _runtimes: dict[int, CompressionRuntime] = {}
@@ -29,12 +31,20 @@ class BatchKind(StrEnum):
 
 @dataclass(frozen=True)
 class Capture:
-    """Queries to keep as evidence in this step: batch rows `first ... last - 1` stand at `position` and after."""
+    """Queries that an observer is to see in this step: batch rows `first ... last - 1` stand at `position` and after.
 
-    window: QueryWindow
+    `so_far` gives a layer's keys and values up to the end of the chunk that they are part of.
+    """
+
+    observer: Observer
     position: int
     first: int
     last: int
+    so_far: Callable[[int], LayerEvidence]
+
+    def record(self, layer: int, query: torch.Tensor) -> None:
+        """Show the observer one layer's queries; query [num_tokens, num_heads, head_dim] is the whole batch's."""
+        self.observer.record(layer, self.position, query[self.first : self.last], lambda: self.so_far(layer))
 
 
 class CompressionRuntime:
@@ -73,7 +83,7 @@ class CompressionRuntime:
             scheduled = scheduler_output.num_scheduled_tokens
             known = [request for name in scheduled if (request := self.compressor.requests.get(name))]
             compacted = sum(request.slot is not None for request in known)
-            self.recording = any(request.window for request in known)
+            self.recording = any(request.observers for request in known)
             if compacted:
                 self.kind = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
         self.in_step = True
@@ -102,13 +112,24 @@ class CompressionRuntime:
         # Exact for prompts; on a GPU reading `seq_lens` itself would wait for it.
         lengths = common.seq_lens_cpu_upper_bound.tolist()
         for row, request_id in enumerate(self._batch_request_ids(common)):
-            if window := self.compressor.window(request_id):
-                first, last, length = starts[row], starts[row + 1], lengths[row]
-                position = length - (last - first)
-                begin, end = window.overlap(position, length)
+            first, length = starts[row], lengths[row]
+            position = length - (starts[row + 1] - first)
+            for observer in self.compressor.observers(request_id):
+                begin, end = observer.overlap(position, length)
                 if begin < end:
-                    found.append(Capture(window, begin, begin + first - position, end + first - position))
+                    places = begin + first - position, end + first - position
+                    found.append(Capture(observer, begin, *places, self._so_far(common, row, length)))
         return found
+
+    def _so_far(self, common: CommonAttentionMetadata, row: int, length: int) -> Callable[[int], LayerEvidence]:
+        """Of a row that isn't compacted, by layer."""
+        blocks = -(-length // self.compressor.geometry.page_size)
+
+        @cache
+        def evidence(layer: int) -> LayerEvidence:
+            return self.compressor.evidence(layer, common.block_table_tensor[row, :blocks].long(), length)
+
+        return evidence
 
 
 def set_runtime(vllm_config: VllmConfig, runtime: CompressionRuntime | None) -> None:

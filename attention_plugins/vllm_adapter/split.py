@@ -89,8 +89,8 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         if attn_metadata is None:  # vLLM's warm-up and profiling runs
             return super().forward(layer, query, key, value, kv_cache, None, output)
         metadata: SplitMetadata = attn_metadata
-        if metadata.captures:
-            _record(metadata.captures, extract_layer_index(layer.layer_name), query)
+        for capture in metadata.captures:  # this step's keys are in the cache already
+            capture.record(extract_layer_index(layer.layer_name), query)
         if metadata.dense is not None:
             super().forward(
                 layer, query, key, value, kv_cache, metadata.dense, output, output_scale, output_block_scale
@@ -135,9 +135,3 @@ def shortened(common: CommonAttentionMetadata, compacted: np.ndarray) -> CommonA
     lens = common.query_start_loc_cpu.diff()
     bounds = torch.where(torch.from_numpy(compacted), lens, bounds).to(bounds.dtype)
     return replace(common, seq_lens=short, seq_lens_cpu_upper_bound=bounds, max_seq_len=int(bounds.max()))
-
-
-def _record(captures: list[Capture], layer: int, query: torch.Tensor) -> None:
-    """Keep the captured queries of one layer; query [num_tokens, num_heads, head_dim]."""
-    for capture in captures:
-        capture.window.record(layer, capture.position, query[capture.first : capture.last])

@@ -57,9 +57,9 @@ class Cache:
         plan = policy.plan(self.prompt, PAGE)
         assert plan is not None
         compressor.start(Start("r", words, plan))
-        if window := compressor.window("r"):
+        for observer in compressor.observers("r"):
             for layer in range(self.layers):
-                window.record(layer, window.first, self.queries(window.window))
+                observer.record(layer, observer.first, self.queries(observer.end - observer.first))
         source = -(-self.prompt // PAGE)
         order = Compact("r", self.blocks[:source], self.blocks[source : source + plan.kept_pages])
         torch.cuda.synchronize()

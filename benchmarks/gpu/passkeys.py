@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.engine import build, say
 from kvcache.compressor import Compact, Compressor
-from kvcache.evidence import LayerEvidence, PagedEvidence
+from kvcache.evidence import LayerEvidence
 from kvcache.selection import force, keep_top
 
 POLICIES: list[dict[str, Any]] = [
@@ -41,12 +41,8 @@ class KeptCheck:
         evidence = []
         if self.left > 0:
             for layer in range(self.compressor.geometry.num_layers):
-                queries = request.window.queries[layer] if request.window else None
-                paged = PagedEvidence(
-                    layer, self.compressor.pages, prompt_blocks, self.compressor.geometry, self.compressor.codec,
-                    prompt_len=request.plan.prompt_len, raw_queries=queries, scale=self.compressor.scale,
-                    quant=self.compressor.quant[layer],
-                )  # fmt: skip
+                observed = {observer.name: observer.found(layer) for observer in request.observers}
+                paged = self.compressor.evidence(layer, prompt_blocks, request.plan.prompt_len, observed)
                 window = paged.window_queries
                 parts = (paged.keys.cpu(), paged.values.cpu(), window.cpu() if window is not None else None)
                 evidence.append(LayerEvidence(layer, *parts, paged.scale))

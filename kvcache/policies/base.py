@@ -12,6 +12,8 @@ from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, U
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.method import Arguments, Method
+from kvcache.observers.base import Observer
+from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 
 
@@ -46,12 +48,15 @@ class Policy(Method):
     """`Args` without those of the allocators."""
     own_evidence: ClassVar[Evidence] = Evidence.NONE
     """`evidence` without that of the allocators."""
+    needs: ClassVar[frozenset[Evidence]] = frozenset()
+    """All evidence that the scorer and the allocators need; `evidence` is the costliest."""
     args: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.own_evidence = cls.__dict__.get("evidence", cls.own_evidence)
-        cls.evidence = Evidence.costliest(cls.own_evidence, cls.layers.evidence, cls.heads.evidence)
+        cls.needs = frozenset({cls.own_evidence, cls.layers.evidence, cls.heads.evidence})
+        cls.evidence = Evidence.costliest(*cls.needs)
         cls.own_args = cls.__dict__.get("Args", cls.own_args)
         parts: tuple[type[Arguments], ...] = (cls.layers.Args, cls.heads.Args)
         missing = [part for part in parts if not part.model_fields.keys() <= cls.own_args.model_fields.keys()]
@@ -71,10 +76,21 @@ class Policy(Method):
 
     @property
     def query_window(self) -> int:
-        """How many of the prompt's last queries are needed; 0 unless `evidence` asks for them."""
-        if self.evidence is not Evidence.WINDOW_QUERIES:
+        """How many of the prompt's last queries are needed; 0 unless `needs` has them."""
+        if Evidence.WINDOW_QUERIES not in self.needs:
             return 0
         return int(getattr(self.args, "window", self.recent))
+
+    def observers(self, num_layers: int, prompt_len: int) -> tuple[Observer, ...]:
+        """What watches a prompt for this policy, made anew for each: one for each kind of evidence in `needs`."""
+        found: list[Observer] = []
+        if self.query_window:
+            found.append(QueryWindow(num_layers, self.query_window, prompt_len))
+        return tuple(found)
+
+    def first_query(self, prompt_len: int) -> int:
+        """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""
+        return min([prompt_len - 1, *(observer.first for observer in self.observers(0, prompt_len))])
 
     def minimum_budget(self, page_size: int) -> int:
         """Smallest allowed budget in tokens at this page size."""

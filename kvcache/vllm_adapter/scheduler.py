@@ -71,11 +71,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             self.kv_blocks.set_plan(request.request_id, plan)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """A hit must leave the window to be computed: its queries are evidence and are cached nowhere."""
+        """A hit must leave to be computed what observers watch: queries are cached nowhere."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         compression = self.compressions[request.request_id]
         if compression.plan and compression.policy:
-            limit = compression.plan.prompt_len - max(compression.policy.query_window, 1)
+            limit = compression.policy.first_query(compression.plan.prompt_len)
             limit -= limit % self.kv_blocks.block_size
             if num_tokens > limit:
                 blocks, num_tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit

@@ -13,6 +13,8 @@ import torch
 
 from attention_plugins.vllm_adapter.runtime import BatchKind
 from attention_plugins.vllm_adapter.split import shortened
+from kvcache.observers.base import Observer
+from kvcache.observers.window import QueryWindow
 from tests import naive_flash
 
 if TYPE_CHECKING:
@@ -287,20 +289,21 @@ def test_queries_of_open_windows_are_kept(make_world: MakeWorld, fp8: bool) -> N
     world.add("window", 60, 2, window=9)
     world.add("later", 40, 1, window=40)
     world.add("none", 60, 2)
+    windows: list[Observer] = []
     for scheduled in (
         {"dense": 1, "window": 51, "none": 30},  # up to the window's first token
         {"window": 1, "long": 1, "later": 7},
         {"later": 1, "even": 3, "window": 7, "none": 30},
         {"plain": 1, "later": 32, "window": 1},
     ):
-        windows = [world.compressor.window(name) for name in ("window", "later")]
+        windows = [observer for name in ("window", "later") for observer in world.compressor.observers(name)] or windows
         check(world, world.run(scheduled, padding=4), "mixed" if {"long", "even"} & set(scheduled) else "dense")
     for name, window in zip(("window", "later"), windows, strict=True):
         request = world.requests[name]
-        assert window is not None and window.missing == 0
+        assert isinstance(window, QueryWindow) and window.missing == 0
         expected = request.queries[:, request.prompt_len - request.window : request.prompt_len]
         assert window.queries.dtype == expected.dtype and torch.equal(window.queries.float(), expected.float())
-    assert all(world.compressor.window(name) is None for name in ("none", "dense", "long", "even"))
+    assert not any(world.compressor.observers(name) for name in ("none", "dense", "long", "even"))
     check(world, world.run({"window": 1, "later": 1, "none": 1, "dense": 1}), "mixed")
     check(world, world.run({"window": 2, "later": 1, "none": 1}), "compacted")
 
@@ -313,15 +316,15 @@ def test_captures_say_which_queries_those_are(make_world: MakeWorld, chunks: lis
     world.run({"dense": 30})
     position = 0
     for size in chunks:
-        before = world.compressor.window("window")
+        before = world.compressor.observers("window")
         step = world.run({"dense": 1, "window": size})
         first = max(51, position)
         position += size
         expected = [] if first >= position else [(first, 1 + size - (position - first), 1 + size)]
         captures = step.metadata.captures
         assert [(capture.position, capture.first, capture.last) for capture in captures] == expected
-        window = world.compressor.window("window")
-        assert before in (None, window) and all(capture.window is window for capture in captures)
+        (window,) = world.compressor.observers("window")
+        assert before in ((), (window,)) and all(capture.observer is window for capture in captures)
     check(world, world.run({"dense": 1, "window": 1}), "mixed")
 
 
@@ -332,7 +335,7 @@ def test_nothing_is_looked_for_where_no_prompt_is_recorded(
     world.add("window", 60, 2, window=9)
     world.add("dense", 30)
     world.run({"window": 20, "dense": 30})
-    monkeypatch.setattr(world.compressor, "window", lambda name: pytest.fail(f"asked for {name}"))
+    monkeypatch.setattr(world.compressor, "observers", lambda name: pytest.fail(f"asked for {name}"))
     with world.step({"dense": 1}) as rows:  # the other one waits
         assert world.builder.build(0, world.common(rows)).captures == []
 

@@ -168,7 +168,7 @@ def test_reports_wait_until_they_are_taken() -> None:
 def test_a_compaction_that_fails_is_not_hidden() -> None:
     worker = Worker()
     worker.step(["w"], start=[worker.start("w", "snapkv")])
-    with pytest.raises(RuntimeError, match=f"{WINDOW * 4} window queries of request w were not seen"):
+    with pytest.raises(RuntimeError, match=f"{WINDOW * 4} window_queries of request w were not seen"):
         worker.begin(["w"], compact=[worker.compact("w")])
 
 

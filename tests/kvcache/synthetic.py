@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,11 +123,13 @@ class PagedCache:
     def feed(self, compressor: Compressor, chunks: list[int], request_id: str = "r", first: int = 0) -> None:
         """Let the prompt pass in chunks of these sizes, from token `first` on."""
         for size in chunks:
-            if window := compressor.window(request_id):
-                begin, end = window.overlap(first, first + size)
+            seen = self.blocks[: -(-(first + size) // self.page_size)]
+            for observer in compressor.observers(request_id):
+                begin, end = observer.overlap(first, first + size)
                 if begin < end:
                     for layer in range(self.geometry.num_layers):
-                        window.record(layer, begin, self.queries[layer, begin:end])
+                        so_far = partial(compressor.evidence, layer, seen, first + size)
+                        observer.record(layer, begin, self.queries[layer, begin:end], so_far)
             first += size
 
     def compact(self, compressor: Compressor, plan: RetentionPlan, request_id: str = "r") -> CompactionReport:

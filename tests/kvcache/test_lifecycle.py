@@ -69,7 +69,7 @@ def test_missing_window_queries_are_an_error(policy: str, seen: int) -> None:
     compressor = cache.compressor()
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [seen])
-    with pytest.raises(RuntimeError, match="window queries of request r"):
+    with pytest.raises(RuntimeError, match="window_queries of request r"):
         cache.compact(compressor, plan)
 
 
@@ -79,10 +79,9 @@ def test_query_missing_in_one_layer_is_an_error(policy: str) -> None:
     compressor = cache.compressor()
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [PROMPT - 1])
-    window = compressor.window("r")
-    assert window is not None
+    (window,) = compressor.observers("r")
     window.record(0, PROMPT - 1, cache.queries[0, PROMPT - 1 :])
-    with pytest.raises(RuntimeError, match="3 window queries"):
+    with pytest.raises(RuntimeError, match="3 window_queries"):
         cache.compact(compressor, plan)
 
 
@@ -94,7 +93,8 @@ def test_start_again_forgets_queries(policy: str) -> None:
     cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [PROMPT - 2])
     plan = cache.start(compressor, words(policy, BUDGET))
-    cache.feed(compressor, [2], first=PROMPT - 2)
+    with pytest.raises(ValueError, match="was next"):
+        cache.feed(compressor, [2], first=PROMPT - 2)
     with pytest.raises(RuntimeError):
         cache.compact(compressor, plan)
 
@@ -103,15 +103,15 @@ def test_start_again_forgets_queries(policy: str) -> None:
 def test_start_again_forgets_the_table_and_finish_forgets_all(policy: str) -> None:
     cache = PagedCache(PROMPT)
     compressor = cache.compressor()
-    assert compressor.slot("r") is None and compressor.window("r") is None
+    assert compressor.slot("r") is None and not compressor.observers("r")
     kept = []
     for _ in range(2):
         plan = cache.start(compressor, words(policy, BUDGET))
         assert compressor.slot("r") is None
-        assert (compressor.window("r") is not None) == (policy in QUERY_AWARE)
+        assert bool(compressor.observers("r")) == (policy in QUERY_AWARE)
         cache.feed(compressor, [PROMPT])
         cache.compact(compressor, plan)
-        assert compressor.slot("r") is not None and compressor.window("r") is None
+        assert compressor.slot("r") is not None and not compressor.observers("r")
         kept.append(positions_of(compressor.kept_positions("r")))
     assert kept[0] == kept[1]
     compressor.finish("r")
