@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ INTERVALS: list[dict[str, Any]] = [
     {"policy": "snapkv", "budget": 192, "interval": 64, "window": 16},
     {"policy": "pyramidkv", "budget": 224, "interval": 64, "window": 16, "suffix": 70},
     {"policy": "keydiff", "budget": 240, "interval": 33, "layers": "zigzag", "window": 8},
+    {"policy": "lra", "budget": 160, "interval": 64, "top": 8},
+    {"policy": "lfa", "budget": 160, "interval": 32, "window": 32, "top": 8},
+    {"policy": "raas", "budget": 130, "interval": 64, "alpha": 0.02},
 ]
 IDS = [f"{words['policy']}-{words['budget']}" for words in INTERVALS]
 
@@ -62,12 +66,14 @@ def test_answers_are_compacted_every_interval(
     step = -(-words["interval"] // PAGE) * PAGE
     boundaries = [boundary for boundary, _ in job.compactions]
     assert len(boundaries) >= 3
-    if length > words["budget"]:
+    if words["policy"] == "raas":
+        assert boundaries[0] == -(-length // PAGE) * PAGE + words["budget"] // PAGE * PAGE + step
+    elif length > words["budget"]:
         assert boundaries[0] == length - words.get("suffix", 0)
     else:
         assert boundaries[0] > words["budget"] and boundaries[0] % PAGE == 0
     assert all(boundary % PAGE == 0 for boundary in boundaries[1:])
-    assert all(b - a == step for a, b in zip(boundaries[1:], boundaries[2:], strict=False))
+    assert all(b - a == step for a, b in pairwise(boundaries[1:]))
     assert boundaries[-1] + step > length + 399
     for boundary, kept in job.compactions:
         for heads in kept:
@@ -94,7 +100,7 @@ def test_held_memory_stays_flat(engine: Engine, words: dict[str, Any]) -> None:
         engine.step()
         most = max(most, engine.all_free - engine.free)
     assert len(job.compactions) > 4
-    budget = -(-words["budget"] // PAGE)
+    budget = -(-words["budget"] // PAGE) + (3 if words["policy"] == "raas" else 0)  # and its prompt
     assert most <= budget + budget + step // PAGE + 3, "the first compaction has source and target"
     engine.forget_prefixes()
     late = engine.add(Job(prompt_of(90), words, max_tokens=700))
