@@ -1,6 +1,6 @@
 """Requests that arrive at a rate: throughput, time to first token, time per output token, goodput.
 
-python -m benchmarks.gpu.arrivals stock|longreach [--fp8] [--rates 0.4,0.8,1.2] [--requests 200 | --seconds 120]
+python -m benchmarks.gpu.arrivals stock|longreach [--fp8] [--rates 0.4,0.8,1.2x300] [--requests 200]
     [--capacity SHAPE [--same]]
 
 A request is good when its first token came within 10 s and its others within 50 ms each, on average. Stock vLLM and
@@ -107,9 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=("stock", "longreach"))
     parser.add_argument("--fp8", action="store_true", help="an fp8 KV cache")
-    parser.add_argument("--rates", default="0.4,0.8,1.2", help="requests a second, separated by commas")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--seconds", type=float, help="as many requests as arrive in this time, instead of --requests")
+    parser.add_argument("--rates", default="0.4,0.8,1.2", help="requests a second, by commas; RATExREQUESTS")
+    parser.add_argument("--requests", type=int, default=200, help="of rates that name no number")
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--output", type=int, default=1024)
     parser.add_argument("--capacity", type=capacity.parse_shape, metavar="SHAPE", help="PROMPT or PROMPTxREQUESTS")
@@ -122,10 +121,10 @@ def main() -> None:
     if args.capacity:
         prompt, requests = args.capacity
         capacity.measure(llm, prompt, requests, words, args.same)
-    for rate in map(float, args.rates.split(",")):
-        requests = round(rate * args.seconds) if args.seconds else args.requests
-        records, most = run(llm, rate, requests, args.prompt, args.output, words)
-        say(rate=rate, **summary(records), most_at_once=most)
+    for text in args.rates.split(","):
+        rate, _, requests = text.partition("x")
+        records, most = run(llm, float(rate), int(requests or args.requests), args.prompt, args.output, words)
+        say(rate=float(rate), **summary(records), most_at_once=most)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=32)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--kv-heads", type=int, help="pad the model to so many")
+    parser.add_argument("--policies", help="some of them, separated by commas")
     parser.add_argument("--fp8", action="store_true")
     args = parser.parse_args()
     model = args.model
@@ -131,7 +132,7 @@ def main() -> None:
     llm = build(
         str(model), max_model_len=8192, gpu_memory_utilization=0.3, max_num_batched_tokens=4096, keep_positions=True,
         tensor_parallel_size=args.tensor_parallel, kv_cache_dtype="fp8" if args.fp8 else "auto",
-        kv_cache_memory_bytes=8 << 30,
+        kv_cache_memory_bytes=8 << 30, max_num_seqs=args.documents,
     )  # fmt: skip
     llm.llm_engine.collective_rpc(install_check)
     for length in (2500, 4900, 7300):
@@ -144,6 +145,8 @@ def main() -> None:
             for case in suite
         ]  # fmt: skip
         for words in POLICIES:
+            if args.policies and words["policy"] not in args.policies.split(","):
+                continue
             llm.llm_engine.collective_rpc(check_next, args=(2 if words["policy"] in CHECKED else 0,))
             outputs = run(llm, prompts, words, 24)
             missed = [
