@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from kvcache.allocation import apportion
-from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.evidence import PagedEvidence, QuantScales, quantise
+from kvcache.merging import Merger
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
-from kvcache.selection import force, keep_top
+from kvcache.selection import force, keep_top, ragged
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
 
@@ -189,10 +190,15 @@ class Compressor:
         together = max(1, _MAX_SCORES // scores[0].numel())
         for layers in torch.arange(g.num_layers).split(together):
             first, last = int(layers[0]), int(layers[-1]) + 1
-            part = force(scores[first:last], policy.args.sinks, max(0, policy.recent - plan.tail))
+            recent = policy.recent_of(counts[first:last] * plan.page_size + plan.tail) - plan.tail
+            part = force(scores[first:last], policy.args.sinks, recent)
             part_counts = (counts[first:last] * plan.page_size).flatten()
             positions = keep_top(part.flatten(0, 1), part_counts)
             self._copy(slot, first, part_counts, positions, source)
+            if policy.merger:
+                each = zip(part_counts.split(g.num_kv_heads), positions.split(g.num_kv_heads), strict=True)
+                for layer, (tokens, kept) in enumerate(each, first):
+                    self._merge(policy.merger, slot, layer, tokens, kept, source[: plan.full_pages])
             if self.keep_positions:
                 rows = [row[:count] for row, count in zip(positions, part_counts.tolist(), strict=True)]
                 request.kept += [rows[i : i + g.num_kv_heads] for i in range(0, len(rows), g.num_kv_heads)]
@@ -232,16 +238,34 @@ class Compressor:
             positions: int64 [rows, most], kept positions.
             source: int64, the prompt's blocks.
         """
-        g, device, size = self.geometry, self.pages.device, self.geometry.page_size
-        row = torch.arange(len(positions), device=device)
-        tokens = to_device(part_counts, device)
-        row = row.repeat_interleave(tokens, output_size=int(part_counts.sum()))
-        rank = torch.arange(len(row), device=device) - (tokens.cumsum(0) - tokens)[row]
+        g, size = self.geometry, self.geometry.page_size
+        row, rank = ragged(part_counts, self.pages.device)
         position, at = positions[row, rank], row + first_layer * g.num_kv_heads
         page = self.tables.layer_base[at // g.num_kv_heads] + at % g.num_kv_heads
         page = page + source[position // size] * g.block_stride
-        kept = self.tables.pool_pages(slot, self.tables.starts[slot].flatten()[at] + rank // size)
-        self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
+        kept = self.tables.token_slots(slot, at, rank)
+        self.codec.copy_tokens(self.pages, page * size + position % size, kept)
+
+    def _merge(
+        self, merger: Merger, slot: int, layer: int, counts: torch.Tensor, kept: torch.Tensor, source: torch.Tensor
+    ) -> None:
+        """Merge a layer's dropped tokens into the copies of kept ones; an fp8 cache's are quantised anew.
+
+        Args:
+            counts: int64 [num_kv_heads], kept tokens, on the CPU.
+            kept: int64 [num_kv_heads, most], their positions.
+            source: int64, the prompt's full blocks.
+        """
+        g, n = self.geometry, len(source) * self.geometry.page_size
+        evidence = self.evidence(layer, source, n)
+        wanted = torch.ones(g.num_kv_heads, n + 1, device=self.pages.device).scatter_(1, kept, 0)
+        dropped = keep_top(wanted[:, :n], n - counts)
+        keys, values = merger.merge(evidence.keys, evidence.values, kept, dropped)
+        row, rank = ragged(counts, self.pages.device)
+        slots, quant = self.tables.token_slots(slot, row + layer * g.num_kv_heads, rank), self.quant[layer]
+        new_keys = quantise(keys[row, rank], quant.key, self.pages.dtype)
+        new_values = quantise(values[row, rank], quant.value, self.pages.dtype)
+        self.codec.write_tokens(self.pages, slots, new_keys, new_values)
 
     def _page_counts(
         self, policy: Policy, plan: RetentionPlan, scores: torch.Tensor, statistics: torch.Tensor | None

@@ -204,12 +204,13 @@ def test_fp8_caches(fp8_queries: bool, quant: QuantScales, as_bytes: bool, devic
 @ON_CUDA
 def test_new_sizes_wait_for_no_compiler(device: torch.device) -> None:
     from kvcache.kernels import column_sums as kernels
+    from kvcache.kernels import window_votes
 
     evidence, _, queries = Case(700, 700).make(device)
     paged(evidence, queries[:8], 0)
 
     def compiled() -> int:
-        caches = (kernels._sums.device_caches, kernels._denominators.device_caches)
+        caches = (kernels._sums.device_caches, window_votes._denominators.device_caches)
         return sum(len(cache[0]) for kernel in caches for cache in kernel.values())
 
     before = compiled()
