@@ -164,21 +164,21 @@ def column_sums(queries: torch.Tensor, keys: torch.Tensor, scale: float, first: 
     m, num_heads, head_dim = queries.shape
     num_kv_heads, end = len(keys), first + m
     group = num_heads // num_kv_heads
-    grouped = queries.float().view(m, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    keys = keys[:, None, :end].float()
+    grouped = (queries.float() * scale).view(m, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    by_dim = keys[:, :end].float().transpose(-1, -2).contiguous()
     sums = torch.zeros(num_kv_heads, end, device=keys.device)
     piece = min(m, max(1, _MAX_COLUMN_LOGITS // (group * end)))
     together = max(1, _MAX_COLUMN_LOGITS // (group * end * piece))
+    future = torch.ones(piece, piece, dtype=torch.bool, device=keys.device).triu(1)
     for begin in range(0, m, piece):
-        last = min(begin + piece, m)
-        seen = first + last
-        positions = torch.arange(seen, device=keys.device)
-        future = positions > positions[first + begin :, None]
+        rows = min(piece, m - begin)
+        seen = first + begin + rows
         for head in range(0, num_kv_heads, together):
             heads = slice(head, head + together)
-            logits = grouped[heads, :, begin:last] @ keys[heads, :, :seen].transpose(-1, -2) * scale
-            probabilities = logits.masked_fill_(future, float("-inf")).softmax(-1)
-            sums[heads, :seen] += probabilities.sum(2).mean(1)
+            logits = grouped[heads, :, begin : begin + rows].flatten(1, 2) @ by_dim[heads, :, :seen]
+            last_keys = logits.unflatten(1, (group, rows))[..., -rows:]
+            last_keys.masked_fill_(future[:rows, :rows], float("-inf"))
+            sums[heads, :seen] += logits.softmax(-1).sum(1) / group
     return sums
 
 

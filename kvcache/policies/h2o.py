@@ -17,8 +17,8 @@ class H2O(Policy):
     seen. Reduced to KV heads by the mean over their query heads; the paper's code keeps a cache for every query head.
     The paper forces no sinks (`sinks: 0`).
 
-    Sums take a second pass over all queries and keys, about half as much again as the model's own attention, and no
-    prompt starts from the prefix cache.
+    Sums take a second pass over all queries and keys, which grows with the square of the prompt, and no prompt starts
+    from the prefix cache.
     """
 
     name = "h2o"

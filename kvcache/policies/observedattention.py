@@ -16,8 +16,8 @@ class ObservedAttention(Policy):
     kvpress' one-shot form of H2O, with its mean over the query heads of a KV head. A token near the end is judged by
     few queries, itself among them; kvpress forces none (`recent: 0, sinks: 0`).
 
-    Sums take a second pass over all queries and keys, about half as much again as the model's own attention, and no
-    prompt starts from the prefix cache.
+    Sums take a second pass over all queries and keys, which grows with the square of the prompt, and no prompt starts
+    from the prefix cache.
     """
 
     name = "observedattention"
