@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from kvcache.allocation import apportion
-from kvcache.evidence import HISTORY, POSITIONS, PagedEvidence, QuantScales
+from kvcache.evidence import HISTORY, POSITIONS, PagedEvidence, QuantScales, quantise
+from kvcache.merging import Merger
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
-from kvcache.selection import force, keep_top
+from kvcache.selection import force, keep_top, ragged
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
 
@@ -245,6 +246,10 @@ class Compressor:
             part_counts = (request.counts[begin:end] * plan.page_size).flatten()
             chosen = keep_top(self._forced(request, scores, source, begin, end).flatten(0, 1), part_counts)
             self._copy(request.slot, begin, part_counts, chosen, source.pages)
+            if policy.merger:
+                each = zip(part_counts.split(g.num_kv_heads), chosen.split(g.num_kv_heads), strict=True)
+                for layer, (tokens, places) in enumerate(each, begin):
+                    self._merge(policy.merger, request.slot, layer, tokens, places, source)
             kept.append(chosen.unflatten(0, (-1, g.num_kv_heads)))
         if plan.interval or self.keep_positions:
             self._remember(request, kept, memory)
@@ -323,7 +328,9 @@ class Compressor:
     def _forced(self, request: _Request, scores: torch.Tensor, source: _Source, begin: int, end: int) -> torch.Tensor:
         """Scores of some layers with those of tokens that always stay at infinity."""
         plan, policy = request.plan, request.policy
-        recent = max(0, policy.recent - (source.tokens[0] - source.competing[0]))
+        assert request.counts is not None
+        tail = source.tokens[0] - source.competing[0]
+        recent = policy.recent_of(request.counts[begin:end] * plan.page_size + tail) - tail
         if len(set(source.competing[begin:end])) == 1:
             competing = source.competing[begin]
             forced = force(scores[begin:end, :, :competing], plan.pinned, recent)
@@ -362,15 +369,33 @@ class Compressor:
             positions: int64 [rows, most], kept places.
             source: int64 [num_layers, num_kv_heads, width], all layers' pages before it.
         """
-        g, device, size = self.geometry, self.pages.device, self.geometry.page_size
-        row = torch.arange(len(positions), device=device)
-        tokens = to_device(part_counts, device)
-        row = row.repeat_interleave(tokens, output_size=int(part_counts.sum()))
-        rank = torch.arange(len(row), device=device) - (tokens.cumsum(0) - tokens)[row]
+        g, size = self.geometry, self.geometry.page_size
+        row, rank = ragged(part_counts, self.pages.device)
         position, at = positions[row, rank], row + first_layer * g.num_kv_heads
         page = source.flatten(0, 1)[at, position // size]
-        kept = self.tables.pool_pages(slot, self.tables.starts[slot].flatten()[at] + rank // size)
-        self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
+        kept = self.tables.token_slots(slot, at, rank)
+        self.codec.copy_tokens(self.pages, page * size + position % size, kept)
+
+    def _merge(
+        self, merger: Merger, slot: int, layer: int, counts: torch.Tensor, kept: torch.Tensor, source: _Source
+    ) -> None:
+        """Merge a layer's dropped tokens into the copies of kept ones; an fp8 cache's are quantised anew.
+
+        Args:
+            counts: int64 [num_kv_heads], kept tokens, on the CPU.
+            kept: int64 [num_kv_heads, most], their positions.
+            source: of a first compaction: later ones copy over what would be merged.
+        """
+        g, n = self.geometry, source.competing[layer]
+        evidence = self.evidence(layer, source.pages[layer, :, : n // g.page_size], n)
+        wanted = torch.ones(g.num_kv_heads, n + 1, device=self.pages.device).scatter_(1, kept, 0)
+        dropped = keep_top(wanted[:, :n], n - counts)
+        keys, values = merger.merge(evidence.keys, evidence.values, kept, dropped)
+        row, rank = ragged(counts, self.pages.device)
+        slots, quant = self.tables.token_slots(slot, row + layer * g.num_kv_heads, rank), self.quant[layer]
+        new_keys = quantise(keys[row, rank], quant.key, self.pages.dtype)
+        new_values = quantise(values[row, rank], quant.value, self.pages.dtype)
+        self.codec.write_tokens(self.pages, slots, new_keys, new_values)
 
     def _page_counts(
         self, policy: Policy, plan: RetentionPlan, scores: torch.Tensor, statistics: torch.Tensor | None

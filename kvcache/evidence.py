@@ -77,6 +77,18 @@ class LayerEvidence:
         return window_probabilities(self)
 
     @property
+    def column_sums(self) -> torch.Tensor:
+        """What each token got from all of the prompt's queries (see `kvcache.observers.column_sums`): float32
+        [num_kv_heads, prompt_len].
+
+        Raises:
+            ValueError: nothing observed them.
+        """
+        if "column_sums" not in self.observed:
+            raise ValueError("the prompt's column sums are needed and were not observed")
+        return self.observed["column_sums"]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """num_kv_heads, prompt_len, head_dim."""
         num_kv_heads, prompt_len, head_dim = self.keys.shape
@@ -160,3 +172,11 @@ def dequantise(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     if tensor.element_size() > 1:
         return tensor
     return tensor.contiguous().view(torch.float8_e4m3fn).float() * factor
+
+
+def quantise(tensor: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `dequantise`: real numbers as a cache of `dtype` stores them; beyond fp8's range its largest."""
+    if dtype.itemsize > 1:
+        return tensor.to(dtype)
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return (tensor.float() / factor).clamp(-most, most).to(torch.float8_e4m3fn).view(dtype)

@@ -54,6 +54,9 @@ class PageCodec(Protocol):
             source, target: int64 [n], slots: `page * page_size + place in the page`.
         """
 
+    def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values of single tokens, each [n, head_dim] in the dtype of `pages`; no slot comes twice."""
+
 
 @dataclass(frozen=True)
 class PermutedCodec:
@@ -85,6 +88,9 @@ class PermutedCodec:
         flat = pages.view(-1)
         flat[self._elements(target)] = flat[self._elements(source)]
 
+    def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        pages.view(-1)[self._elements(slots)] = torch.cat([keys, values], -1)
+
     def _elements(self, slots: torch.Tensor) -> torch.Tensor:
         """Places of the slots' elements in the cache: int64 [n, 2 * head_dim]."""
         by_token = self.order.view(2, self.page_size, self.head_dim).transpose(0, 1).flatten(1)
@@ -108,3 +114,6 @@ class InterleavedCodec:
     def copy_tokens(self, pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         tokens = pages.view(-1, 2 * self.head_dim)
         tokens.index_copy_(0, target, tokens.index_select(0, source))
+
+    def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        pages.view(-1, 2 * self.head_dim).index_copy_(0, slots, torch.cat([keys, values], -1))

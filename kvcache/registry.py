@@ -10,16 +10,20 @@ from pydantic import ValidationError
 
 from kvcache.allocators.adakv import AdaHeads
 from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
+from kvcache.allocators.d2o import D2OLayers
 from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.allocators.zigzag import ZigZagLayers
 from kvcache.allocators.zipvl import ZipVLLayers
 from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
+from kvcache.policies.d2o import D2O
+from kvcache.policies.h2o import H2O
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.lfa import LFA
 from kvcache.policies.lra import LRA
+from kvcache.policies.observedattention import ObservedAttention
 from kvcache.policies.pyramidkv import PyramidKV
 from kvcache.policies.raas import RaaS
 from kvcache.policies.random import Random
@@ -30,10 +34,11 @@ from kvcache.policies.zigzagkv import ZigZagKV
 
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
-    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, LRA, LFA, RaaS, Random,
+    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, H2O, ObservedAttention, D2O,
+    LRA, LFA, RaaS, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
-    part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)
+    part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers, D2OLayers)
 }
 HEADS: dict[str, type[HeadAllocator]] = {part.name: part for part in (EqualHeads, AdaHeads)}
 PARTS: dict[str, dict[str, type[Any]]] = {"layers": LAYERS, "heads": HEADS}

@@ -7,10 +7,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kvcache.evidence import LayerEvidence, PagedEvidence
+from kvcache.evidence import LayerEvidence, PagedEvidence, dequantise
 
 # Bounds the memory of `mean_probabilities`: logits held at once, 4 bytes each, unless one KV head alone has more.
 _MAX_LOGITS = 1 << 26
+# The same for `column_sums`, unless one query of one KV head has more. Small: pieces that stay in a CPU's cache are
+# faster, and each piece of queries sees no keys behind its last one.
+_MAX_COLUMN_LOGITS = 1 << 20
 
 GroupReduce = Literal["mean", "max", "sum"]
 GroupStage = Literal["probabilities", "logits"]
@@ -145,3 +148,52 @@ def window_attention(
     """`window_votes` of plain tensors (see `mean_probabilities`): the naive twin of the kernels."""
     evidence = LayerEvidence(0, keys, keys, queries, scale)
     return window_votes(evidence, pooling=pooling, kernel=kernel, group_reduce=group_reduce, group_stage=group_stage)
+
+
+def column_sums(queries: torch.Tensor, keys: torch.Tensor, scale: float, first: int) -> torch.Tensor:
+    """What each token gets from these queries: causal softmax, summed over queries, mean over a group's query heads.
+
+    Args:
+        queries: [m, num_heads, head_dim], post-RoPE, of positions first ... first + m - 1.
+        keys: [num_kv_heads, n, head_dim], post-RoPE, of positions 0 ... n - 1; first + m <= n.
+        scale: softmax scale.
+
+    Returns:
+        float32 [num_kv_heads, first + m].
+    """
+    m, num_heads, head_dim = queries.shape
+    num_kv_heads, end = len(keys), first + m
+    group = num_heads // num_kv_heads
+    grouped = (queries.float() * scale).view(m, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    by_dim = keys[:, :end].float().transpose(-1, -2).contiguous()
+    sums = torch.zeros(num_kv_heads, end, device=keys.device)
+    piece = min(m, max(1, _MAX_COLUMN_LOGITS // (group * end)))
+    together = max(1, _MAX_COLUMN_LOGITS // (group * end * piece))
+    future = torch.ones(piece, piece, dtype=torch.bool, device=keys.device).triu(1)
+    for begin in range(0, m, piece):
+        rows = min(piece, m - begin)
+        seen = first + begin + rows
+        for head in range(0, num_kv_heads, together):
+            heads = slice(head, head + together)
+            logits = grouped[heads, :, begin : begin + rows].flatten(1, 2) @ by_dim[heads, :, :seen]
+            last_keys = logits.unflatten(1, (group, rows))[..., -rows:]
+            last_keys.masked_fill_(future[:rows, :rows], float("-inf"))
+            sums[heads, :seen] += logits.softmax(-1).sum(1) / group
+    return sums
+
+
+def observed_column_sums(evidence: LayerEvidence, queries: torch.Tensor, first: int) -> torch.Tensor:
+    """`column_sums` of queries as the model's attention gets them; on a GPU by kernels, which read keys in their pages.
+
+    Args:
+        evidence: keys of all positions up to the last of these queries, at least.
+        queries: [m, num_heads, head_dim], fp8 with an fp8 cache.
+        first: position of the first of them.
+    """
+    if isinstance(evidence, PagedEvidence):
+        if evidence.pages.is_cuda:
+            from kvcache.kernels.column_sums import column_sums_paged
+
+            return column_sums_paged(evidence, queries, first)
+        queries = dequantise(queries, evidence.quant.query)
+    return column_sums(queries, evidence.keys, evidence.scale, first)

@@ -7,15 +7,20 @@ import torch
 from kvcache.tables import to_device
 
 
-def force(scores: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
+def force(scores: torch.Tensor, sinks: int, recent: int | torch.Tensor) -> torch.Tensor:
     """A copy of `scores` [..., n] in which the first `sinks` and last `recent` tokens always stay, NaNs before others.
+
+    `recent` may be a tensor [...] on the CPU, of whole numbers for each row; none stay where it is negative.
 
     NaN means that a score could not be computed; keeping the token is the conservative choice. Where more are NaN
     than fit (one NaN key makes all its head's votes NaN), they don't push out the forced tokens.
     """
     forced = scores.float().nan_to_num(nan=torch.finfo(torch.float32).max, neginf=float("-inf"))
     forced[..., :sinks] = float("inf")
-    if recent:
+    if isinstance(recent, torch.Tensor):
+        left = torch.arange(forced.shape[-1], 0, -1, device=forced.device)
+        forced.masked_fill_(left <= to_device(recent, forced.device)[..., None], float("inf"))
+    elif recent > 0:
         forced[..., -recent:] = float("inf")
     return forced
 
@@ -51,3 +56,14 @@ def keep_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         wanted = torch.arange(most) < counts[:, None]
         positions = positions.masked_fill(~to_device(wanted, scores.device), n)
     return positions.sort(-1).values
+
+
+def ragged(counts: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and place in its row of every entry of rows with these lengths, row by row: two int64 [sum of counts].
+
+    Args:
+        counts: int64 [rows], on the CPU.
+    """
+    lengths = to_device(counts, device)
+    row = torch.arange(len(counts), device=device).repeat_interleave(lengths, output_size=int(counts.sum()))
+    return row, torch.arange(len(row), device=device) - (lengths.cumsum(0) - lengths)[row]

@@ -119,3 +119,13 @@ class PageTables:
         blocks, n, g = self.blocks[slot], self.num_blocks[slot], self.geometry
         head, layer = index // n % g.num_kv_heads, index // (n * g.num_kv_heads)
         return self.layer_base[layer].long() + blocks[index % n].long() * g.block_stride + head
+
+    def token_slots(self, slot: int, row: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """Where a request's compacted tokens lie: `page * page_size + place in the page`.
+
+        Args:
+            row: int64 [n], layer * num_kv_heads + head.
+            rank: int64 [n], which of the row's tokens.
+        """
+        size = self.geometry.page_size
+        return self.pool_pages(slot, self.starts[slot].flatten()[row] + rank // size) * size + rank % size

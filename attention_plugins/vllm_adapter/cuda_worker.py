@@ -16,7 +16,7 @@ from attention_plugins.vllm_adapter.cuda_backend import StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.worker import CompressionWorker
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.kernels import window_votes
+from kvcache.kernels import column_sums, window_votes
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
 from kvcache.tables import PageTables
 
@@ -56,8 +56,9 @@ class CUDACompressionWorker(CompressionWorker, Worker):
     def reserved_bytes(self) -> int:
         """Memory of ours that lives beside the KV cache while the model runs.
 
-        What compaction itself needs is not counted: it runs between steps, in the memory that vLLM keeps for the
-        activations of a full batch.
+        Column sums are counted for one prompt of the greatest length: most prompts are shorter, and several at once
+        share it. What compaction itself needs is not counted: it runs between steps, in the memory that vLLM keeps for
+        the activations of a full batch.
         """
         config, parallel = self.vllm_config, self.vllm_config.parallel_config
         layers, kv_heads = config.model_config.get_num_layers(parallel), config.model_config.get_num_kv_heads(parallel)
@@ -69,6 +70,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             PageTables.nbytes(layers, kv_heads, slots, width)
             + StepBuffers.nbytes(slots, kv_heads, width)
             + WINDOW_TOKENS * layers * query
+            + 4 * layers * kv_heads * config.model_config.max_model_len
             + GRAPH_BYTES * graphs
         )
 
@@ -109,3 +111,4 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             quant=QuantScales(),
         )
         window_votes.warm_up(evidence)
+        column_sums.warm_up(evidence)

@@ -55,7 +55,8 @@ def _denominators(
     most = tl.full([ROWS], -1e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     first = split * keys_each
-    for start in range(first, tl.minimum(first + keys_each, length), KEYS):
+    end = tl.max(tl.where(real, last, 0), 0) + 1  # no row sees a key from here on
+    for start in range(first, tl.minimum(first + keys_each, end), KEYS):
         position = start + tl.arange(0, KEYS)
         k = _load_keys(pages, table + head * width, position, length, PAGE, DIM, DIM_2)
         logits = tl.dot(q, tl.trans(k.to(q.dtype))) * scale

@@ -12,8 +12,10 @@ from pydantic import Field, create_model
 from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.merging import Merger
 from kvcache.method import Arguments, Method
 from kvcache.observers.base import Observer
+from kvcache.observers.column_sums import ColumnSums
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention, whole_pages
 
@@ -34,8 +36,9 @@ class Policy(Method):
 
     A policy rates every prompt token per KV head (`scores`) and names the allocators that share its budget over
     layers (`layers`) and over a layer's heads (`heads`); a request may choose others. Sinks and the recent window are
-    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good. With an `interval`
-    the same is done again and again while the answer grows, over the tokens that were kept and those that came since.
+    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good, or merged into kept
+    ones where the policy has a `merger`. With an `interval` the same is done again and again while the answer grows,
+    over the tokens that were kept and those that came since.
 
     Subclasses set the class attributes, may extend `Args`, and are registered in `kvcache.registry` or through the
     entry-point group `longreach.policies`. They never see pages, blocks or vLLM. `Args` and `evidence` take in those
@@ -82,6 +85,22 @@ class Policy(Method):
         """Last tokens of the prompt that always stay: the argument `recent` where there is one."""
         return int(getattr(self.args, "recent", 0))
 
+    def recent_of(self, tokens: torch.Tensor) -> int | torch.Tensor:
+        """As `recent`, for policies in which it depends on how much stays.
+
+        Args:
+            tokens: int64 [...], on the CPU: what each KV head keeps, the prompt's tail included.
+
+        Returns:
+            Whole numbers, one for all or of the shape of `tokens`; with the sinks no more than `tokens`.
+        """
+        return self.recent
+
+    @property
+    def merger(self) -> Merger | None:
+        """What becomes of dropped tokens: folded into kept ones by this, or just dropped."""
+        return None
+
     @property
     def query_window(self) -> int:
         """How many of the prompt's last queries are needed; 0 unless `needs` has them."""
@@ -94,6 +113,8 @@ class Policy(Method):
         found: list[Observer] = []
         if self.query_window:
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
+        if Evidence.COLUMN_SUMS in self.needs:
+            found.append(ColumnSums(num_layers, prompt_len))
         return tuple(found)
 
     @classmethod

@@ -26,6 +26,22 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "keydiff", "budget": 240, "layers": "zipvl", "heads": "adakv"},
 ]
 NAMES = [f"{words['policy']}-{words['budget']}" for words in POLICIES]
+# These watch all of a prompt's queries, so they have no use for the prefix cache.
+WATCHERS: list[dict[str, Any]] = [
+    {"policy": "h2o", "budget": 160},
+    {"policy": "observedattention", "budget": 144},
+    {"policy": "d2o", "budget": 192, "merge": "none", "whole_first": 1},
+]
+MERGERS: list[dict[str, Any]] = [
+    {"policy": "d2o", "budget": 192},
+    {"policy": "d2o", "budget": 160, "merge": "scatter", "heads": "adakv"},
+]
+
+
+def named(policies: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    """A test for each of these."""
+    ids = [f"{words['policy']}-{words['budget']}" for words in policies]
+    return pytest.mark.parametrize("words", policies, ids=ids)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -34,7 +50,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("length", [641, 640, 655])
-@pytest.mark.parametrize("words", POLICIES, ids=NAMES)
+@named(POLICIES + WATCHERS)
 def test_decoding_equals_dense_attention_with_evicted_columns_masked(
     engine: Engine, reference: Reference, words: dict[str, Any], length: int
 ) -> None:
@@ -46,7 +62,7 @@ def test_decoding_equals_dense_attention_with_evicted_columns_masked(
 
 
 @pytest.mark.parametrize("chunk", [64, 96, 160, 640])
-@pytest.mark.parametrize("words", POLICIES, ids=NAMES)
+@named(POLICIES + WATCHERS + MERGERS)
 def test_chunked_prefill_keeps_the_same_tokens(engine: Engine, words: dict[str, Any], chunk: int) -> None:
     """641 = 10 * 64 + 1 = 4 * 160 + 1 = 640 + 1: the last chunk is one token, shorter than every window."""
     prompt = prompt_of(641)
@@ -60,7 +76,7 @@ def test_chunked_prefill_keeps_the_same_tokens(engine: Engine, words: dict[str, 
 
 def test_32_concurrent_requests_answer_as_one_at_a_time(engine: Engine) -> None:
     def jobs() -> list[Job]:
-        choices: list[dict[str, Any] | None] = [None, *POLICIES]
+        choices: list[dict[str, Any] | None] = [None, *POLICIES, WATCHERS[0], *MERGERS]
         return [Job(prompt_of(300 + 23 * i, i), choices[i % len(choices)], max_tokens=10 + i % 7) for i in range(32)]
 
     alone = [engine.run([job])[0] for job in jobs()]
@@ -103,6 +119,32 @@ def test_prefix_hits_keep_the_same_tokens(engine: Engine, words: dict[str, Any])
     assert 640 - 3 * PAGE <= warm.cached_tokens < 640
     assert same_kept(cold, warm)
     assert warm.tokens == cold.tokens
+
+
+@named(WATCHERS + MERGERS)
+def test_a_prompt_that_is_watched_whole_takes_nothing_from_the_prefix_cache(
+    engine: Engine, words: dict[str, Any]
+) -> None:
+    """Neither its own blocks nor a dense request's, and dense requests find its blocks all the same, unmerged."""
+    prompt = prompt_of(640)
+    (dense,) = engine.run([Job(prompt)])
+    engine.forget_prefixes()
+    (cold,) = engine.run([Job(prompt, words)])
+    (warm,) = engine.run([Job(prompt, words)])
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, 0)
+    assert same_kept(cold, warm)
+    assert warm.tokens == cold.tokens != dense.tokens
+    (dense_warm,) = engine.run([Job(prompt)])
+    assert dense_warm.cached_tokens == 640 - PAGE
+    assert dense_warm.tokens == dense.tokens
+
+
+def test_merged_tokens_change_answers(engine: Engine) -> None:
+    """The same tokens are kept with and without."""
+    prompt, words = prompt_of(641), {"policy": "d2o", "budget": 160}
+    jobs = engine.run([Job(prompt, {**words, "merge": rule}, max_tokens=40) for rule in ("none", "paper", "scatter")])
+    assert same_kept(jobs[0], jobs[1]) and same_kept(jobs[0], jobs[2])
+    assert len({tuple(job.tokens) for job in jobs}) == 3
 
 
 def test_answers_after_a_compacted_prompt_are_not_shared(engine: Engine) -> None:

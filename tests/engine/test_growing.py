@@ -25,6 +25,7 @@ INTERVALS: list[dict[str, Any]] = [
     {"policy": "snapkv", "budget": 192, "interval": 64, "window": 16},
     {"policy": "pyramidkv", "budget": 224, "interval": 64, "window": 16, "suffix": 70},
     {"policy": "keydiff", "budget": 240, "interval": 33, "layers": "zigzag", "window": 8},
+    {"policy": "h2o", "budget": 160, "interval": 64},
     {"policy": "lra", "budget": 160, "interval": 64, "top": 8},
     {"policy": "lfa", "budget": 160, "interval": 32, "window": 32, "top": 8},
     {"policy": "raas", "budget": 130, "interval": 64, "alpha": 0.02},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import PAGE, Engine, Job, same_kept
-from tests.engine.test_answers import NAMES, POLICIES, prompt_of
+from tests.engine.test_answers import MERGERS, NAMES, POLICIES, WATCHERS, named, prompt_of
 
 pytestmark = pytest.mark.engine
 
@@ -19,7 +19,7 @@ def blocks_for(tokens: int) -> int:
 
 
 @pytest.mark.parametrize("length", [640, 650])
-@pytest.mark.parametrize("words", POLICIES, ids=NAMES)
+@named([*POLICIES, WATCHERS[0], MERGERS[0]])
 def test_the_pool_holds_the_compressed_size_to_the_block(engine: Engine, words: dict[str, Any], length: int) -> None:
     job = engine.add(Job(prompt_of(length), words, max_tokens=50))
     engine.step()
@@ -79,7 +79,9 @@ def test_20_requests_decode_at_once_where_4_dense_ones_fit(engine: Engine) -> No
         engine.pool.free_blocks(taken)
 
 
-@pytest.mark.parametrize("words", [*POLICIES, None], ids=[*NAMES, "dense"])
+@pytest.mark.parametrize(
+    "words", [*POLICIES, WATCHERS[0], MERGERS[0], None], ids=[*NAMES, "h2o", "d2o-merging", "dense"]
+)
 def test_preemption_in_a_tiny_pool_gives_the_same_answers(engine: Engine, words: dict[str, Any] | None) -> None:
     """Three requests outgrow the pool while decoding: the last is preempted, starts again, replays its answer."""
 

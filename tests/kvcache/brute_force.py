@@ -204,3 +204,41 @@ def ada_counts(scores: list[list[float]], tokens: int, floor: Fraction) -> list[
     for _, head in rest[:free]:
         counts[head] += 1
     return counts
+
+
+def column_sums(queries: list[Matrix], keys: Matrix, scale: float) -> list[float]:
+    """What each token of a prompt got from all of its queries: mean over the query heads of one KV head.
+
+    Args:
+        queries: [group][n][d]; keys: [n][d].
+    """
+    sums = [0.0] * len(keys)
+    for head in queries:
+        for i, query in enumerate(head):
+            row = softmax([scale * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys[: i + 1]])
+            for j, probability in enumerate(row):
+                sums[j] += probability / len(queries)
+    return sums
+
+
+def d2o_variance(heads: list[list[float]]) -> float:
+    """D2O's `v` of a layer, from the column sums of its KV heads."""
+    variances = []
+    for sums in heads:
+        mean = sum(sums) / len(sums)
+        variances.append(sum((x - mean) ** 2 for x in sums) / len(sums))
+    least, most = min(variances), max(variances)
+    return sum((variance - least) / (most - least + 1e-6) for variance in variances) / len(variances)
+
+
+def d2o_tokens(v: list[float], budget: int, prompt_len: int, first: int, last: int) -> list[Fraction]:
+    """By softmax(-v); layers that are to stay whole get the prompt's length, together at most half of all."""
+    weights = [Fraction(weight) for weight in softmax([-x for x in v])]
+    whole = [layer < first or layer >= len(v) - last for layer in range(len(v))]
+    total, count = Fraction(budget * len(v)), sum(whole)
+    if count in (0, len(v)):
+        return [total * weight / sum(weights) for weight in weights]
+    each = min(Fraction(prompt_len), max(Fraction(budget), total / 2 / count))
+    others = sum(weight for weight, own in zip(weights, whole, strict=True) if not own)
+    rest = total - count * each
+    return [each if own else rest * weight / others for weight, own in zip(weights, whole, strict=True)]

@@ -158,6 +158,10 @@ class Run:
             for head, positions in enumerate(heads):
                 yield layer, head, positions
 
+    def recent(self, below_tail: int) -> int:
+        """Last tokens of the prompt that always stay in a head that keeps so many below the tail."""
+        return int(self.policy.recent_of(torch.tensor(below_tail + self.plan.tail)))
+
     def rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention is given at this logical length: pages [L, H, width] and slots in use [L, H], both int32."""
         return page_rows(

@@ -17,7 +17,9 @@ from kvcache.registry import HEADS, LAYERS, make_policy, policies
 from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
 
 ALL = sorted(policies())
-QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
+WINDOWED = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
+SUMMED = [name for name in ALL if policies()[name].evidence is Evidence.COLUMN_SUMS]
+OBSERVED = WINDOWED + SUMMED
 PROMPT, BUDGET = 150, 70
 
 
@@ -51,7 +53,7 @@ def test_more_budget_never_keeps_less(policy: str, prompt_len: int) -> None:
     assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
 
 
-@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("policy", OBSERVED)
 @pytest.mark.parametrize(
     "chunks", [[1] * PROMPT, [7] * 21 + [3], [PROMPT - 1, 1], [40, 104, 6]], ids=lambda c: f"{len(c)} chunks"
 )
@@ -62,18 +64,18 @@ def test_any_chunks_give_the_same_kept_set(policy: str, chunks: list[int]) -> No
     assert positions_of(chunked.kept) == positions_of(whole.kept)
 
 
-@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("policy", OBSERVED)
 @pytest.mark.parametrize("seen", [0, PROMPT - WINDOW, PROMPT - 1])
-def test_missing_window_queries_are_an_error(policy: str, seen: int) -> None:
+def test_missing_queries_are_an_error(policy: str, seen: int) -> None:
     cache = PagedCache(PROMPT)
     compressor = cache.compressor()
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [seen])
-    with pytest.raises(RuntimeError, match="window_queries of request r"):
+    with pytest.raises(RuntimeError, match=r"[1-9]\d* (window_queries|column_sums) of request r"):
         cache.compact(compressor, plan)
 
 
-@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("policy", WINDOWED)
 def test_query_missing_in_one_layer_is_an_error(policy: str) -> None:
     cache = PagedCache(PROMPT)
     compressor = cache.compressor()
@@ -85,7 +87,7 @@ def test_query_missing_in_one_layer_is_an_error(policy: str) -> None:
         cache.compact(compressor, plan)
 
 
-@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("policy", OBSERVED)
 def test_start_again_forgets_queries(policy: str) -> None:
     """Preempted in the middle of the window: what was seen before doesn't count."""
     cache = PagedCache(PROMPT)
@@ -108,7 +110,7 @@ def test_start_again_forgets_the_table_and_finish_forgets_all(policy: str) -> No
     for _ in range(2):
         plan = cache.start(compressor, words(policy, BUDGET))
         assert compressor.slot("r") is None
-        assert bool(compressor.observers("r")) == (policy in QUERY_AWARE)
+        assert bool(compressor.observers("r")) == (policy in OBSERVED)
         cache.feed(compressor, [PROMPT])
         cache.compact(compressor, plan)
         assert compressor.slot("r") is not None and not compressor.observers("r")
@@ -248,8 +250,10 @@ def test_token_whose_score_is_nan_stays_and_is_counted() -> None:
 
 
 WHOLE_HEAD = 160 - WINDOW
-# One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys.
+# One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys, and
+# column sums are those of all tokens.
 NANS = {"streamingllm": 0, "random": 0, "l2norm": 1, "keydiff": 160, "tova": 2 * WHOLE_HEAD}
+NANS |= dict.fromkeys(SUMMED, 160)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -260,8 +264,8 @@ def test_nan_scores_of_a_whole_head_do_not_push_out_forced_tokens(policy: str, h
     spoil(cache, 1, 0, 40)
     run = compress(cache, words(policy, BUDGET, heads=heads))
     assert run.report.nan_scores == NANS.get(policy, WHOLE_HEAD)
-    forced = {*range(SINKS), *range(160 - run.policy.recent, 160)}
     for _, _, positions in run.heads():
+        forced = {*range(SINKS), *range(160 - run.recent(len(positions)), 160)}
         assert forced <= set(positions.tolist())
     nan, other = (len(positions) for positions in run.kept[1])
     layer = sum(len(positions) for positions in run.kept[1])
@@ -298,6 +302,8 @@ def test_nan_attention_of_a_layer_leaves_sums_and_forced_tokens_alone(layers: st
         ("criticalkv", 40, 144),
         ("tova", 40, 2 * 144),
         ("keydiff", 149, 144),
+        ("h2o", 149, 144),
+        ("observedattention", 40, 144),
         ("streamingllm", 40, 0),
     ],
 )

@@ -31,8 +31,9 @@ from kvcache.registry import (
 )
 from tests.kvcache.synthetic import PagedCache, compress, words
 
-NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, random"
-LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
+NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, "
+NAMES += "h2o, observedattention, d2o, lra, lfa, raas, random"
+LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl, d2o", "equal, adakv"
 COMMON = "budget, sinks, suffix, interval"
 ARGUMENTS = f"{COMMON}, window, kernel, pooling, group_reduce, group_stage"
 BUDGET = "a whole number of tokens or a share of the prompt such as '25%'"
@@ -85,6 +86,12 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "snapkv", "layers": "zigzag", "bound": -0.1}, "kv_cache.bound", "got -0.1", "number >= 0 and <= 1"),
     ({"policy": "snapkv", "layers": "pyramid", "beta": 0}, "kv_cache.beta", "got 0", "integer >= 1 and <= 1000"),
     ({"policy": "criticalkv", "epsilon": -1}, "kv_cache.epsilon", "got -1", "number >= 0 and <= 1"),
+    ({"policy": "h2o", "recent_share": 1.5}, "kv_cache.recent_share", "got 1.5", "number >= 0 and <= 1"),
+    ({"policy": "h2o", "merge": "none"}, "kv_cache.merge", "h2o has no such argument", f"{COMMON}, recent_share, watch"),
+    ({"policy": "d2o", "merge": "mean"}, "kv_cache.merge", "got 'mean'", "'paper', 'scatter', 'none'"),
+    ({"policy": "d2o", "threshold": math.inf}, "kv_cache.threshold", "got inf", "number >= -2 and <= 2"),
+    ({"policy": "snapkv", "layers": "d2o", "whole_last": -1}, "kv_cache.whole_last", "got -1",
+     "integer >= 0 and <= 1024"),
     ({"policy": "criticalkv", "first_stage": "half"}, "kv_cache.first_stage", "got 'half'", "number >= 0 and <= 1"),
 ]  # fmt: skip
 
@@ -141,6 +148,8 @@ LATER: dict[str, Any] = {"suffix": 3, "interval": 0}
          "tau": 0.1 + 0.2},
         {"policy": "keydiff", "budget": 99, "sinks": 0, **LATER, "recent": 2, "layers": "pyramid", "beta": 3,
          "heads": "adakv", "floor": 0.0},
+        {"policy": "d2o", "budget": 99, "sinks": 0, **LATER, "recent_share": 0.3, "merge": "scatter", "threshold": -0.1,
+         "whole_first": 2, "whole_last": 1},
     ],
     ids=lambda words: words["policy"],
 )  # fmt: skip
@@ -189,19 +198,25 @@ def test_needs_of_combinations(policy: str, layers: str, heads: str) -> None:
     built = make_policy({"policy": policy, "layers": layers, "heads": heads, "budget": 1, **small})
     usual = make_policy({"policy": policy})
     assert built is not None and usual is not None
-    assert (usual.query_window > 0) == (usual.evidence is Evidence.WINDOW_QUERIES)
+    assert (usual.query_window > 0) == (Evidence.WINDOW_QUERIES in usual.needs)
+    sums = layers == "d2o" or policy in ("h2o", "observedattention", "d2o")
+    assert (built.evidence is Evidence.COLUMN_SUMS) == sums
+    kinds = [observer.name for observer in built.observers(3, 200)]
+    assert kinds == ["window_queries"] * (built.query_window > 0) + ["column_sums"] * sums
+    assert built.first_query(200) == (0 if sums else 200 - built.query_window if built.query_window else 199)
     if not small:
-        assert (built.evidence, built.query_window) == (usual.evidence, usual.query_window)
+        assert built.query_window == usual.query_window
         assert built.minimum_budget(16) == usual.minimum_budget(16)
         return
-    assert built.evidence is Evidence.WINDOW_QUERIES and built.query_window == 50
+    assert Evidence.WINDOW_QUERIES in built.needs and built.query_window == 50
     assert built.minimum_budget(16) == 50 + 4 + 32
-    assert built.recent == (50 if policies()[policy].query_aware else usual.recent)
+    assert built.recent == (50 if "window" in policies()[policy].Args.model_fields else usual.recent)
     assert built.plan(86, 16) is None and built.plan(87, 16) is not None
 
 
 OWN_PARTS = [("zigzagkv", "layers", "uniform", {"mass": 0.5}), ("zigzagkv", "layers", "zipvl", {"bound": 0.5}),
-             ("pyramidkv", "layers", "uniform", {"beta": 7}), ("adakv", "heads", "equal", {"floor": 0.5})]  # fmt: skip
+             ("d2o", "layers", "uniform", {"whole_first": 2}), ("pyramidkv", "layers", "uniform", {"beta": 7}),
+             ("adakv", "heads", "equal", {"floor": 0.5})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("policy", "field", "part", "foreign"), OWN_PARTS)
@@ -260,6 +275,7 @@ def test_descriptions_of_builtin_policies_differ() -> None:
         **{policy.name: ("uniform", "equal") for policy in BUILT_IN},
         "pyramidkv": ("pyramid", "equal"),
         "zigzagkv": ("zigzag", "equal"),
+        "d2o": ("d2o", "equal"),
         "adakv": ("uniform", "adakv"),
     }
 

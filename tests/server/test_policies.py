@@ -79,14 +79,14 @@ def test_the_description_lists_all_policies_with_their_arguments() -> None:
 def test_the_description_lists_all_allocators_with_their_arguments() -> None:
     allocators = PolicyDesk({"policy": "none"}, 32).describe()["allocators"]
     assert {field: [part["name"] for part in known] for field, known in allocators.items()} == {
-        "layers": ["uniform", "pyramid", "zigzag", "zipvl"],
+        "layers": ["uniform", "pyramid", "zigzag", "zipvl", "d2o"],
         "heads": ["equal", "adakv"],
     }
     everyone = [part for known in allocators.values() for part in known]
     arguments = {part["name"]: set(part["arguments"]["properties"]) for part in everyone}
     assert arguments == {
         "uniform": set(), "pyramid": {"beta"}, "zigzag": {"window", "mass", "bound"}, "zipvl": {"window", "tau"},
-        "equal": set(), "adakv": {"floor"},
+        "d2o": {"whole_first", "whole_last"}, "equal": set(), "adakv": {"floor"},
     }  # fmt: skip
     assert all(part["title"] and part["paper"] and part["description"] for part in everyone)
 

@@ -95,7 +95,7 @@ def test_an_own_allocator_that_is_named_goes_without_saying() -> None:
         (("--kv-layers", "zigzag"), ("--kv-layers without a policy", "--kv-policy NAME")),
         (("--kv-policy", "none", "--kv-heads", "adakv"), ("--kv-heads without a policy",)),
         (("--kv-policy", "snapkv", "--kv-layers", "zig"),
-         ("--kv-layers: there is no such allocator: 'zig'. Allowed: uniform, pyramid, zigzag, zipvl.",)),
+         ("--kv-layers: there is no such allocator: 'zig'. Allowed: uniform, pyramid, zigzag, zipvl, d2o.",)),
         (("--kv-policy", "snapkv", "--kv-layers", "5"), ("--kv-layers: there is no such allocator: 5",)),
         (("--kv-policy", "snapkv", "--kv-heads", "zigzag", "--kv-mass", "0.9"),
          ("--kv-heads: there is no such allocator: 'zigzag'. Allowed: equal, adakv.",)),
@@ -158,7 +158,7 @@ def test_an_installed_policy_brings_its_flags(
     add_flags(parser)
     help_text = " ".join(parser.format_help().split())
     assert "--kv-loud-ness VALUE How loud. (loud)" in help_text
-    assert "One of uniform, pyramid, zigzag, zipvl." in help_text and "One of equal, adakv." in help_text
+    assert "One of uniform, pyramid, zigzag, zipvl, d2o." in help_text and "One of equal, adakv." in help_text
     assert "(zigzagkv, zigzag)" in help_text  # the takers of --kv-mass
     assert "is sure of. (adakv)" in help_text  # policy and allocator of one name
     assert "random, loud" in help_text  # among the takers of --kv-sinks, and the names of --kv-policy
