@@ -11,12 +11,14 @@ import torch
 
 from kvcache.allocation import apportion
 from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.model import ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
+from kvcache.rotary import Rotary
 from kvcache.selection import force, keep_top
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
@@ -97,6 +99,7 @@ class Compressor:
         *,
         scale: float,
         quant: Sequence[QuantScales] = (),
+        rotary: Rotary | None = None,
         keep_positions: bool = False,
     ) -> None:
         """
@@ -107,11 +110,13 @@ class Compressor:
             tables: where page tables are kept.
             scale: softmax scale.
             quant: by layer, what queries, keys and values are multiplied with; left out where they aren't quantised.
+            rotary: how the model rotates queries and keys; None: no policy that asks for it may start.
             keep_positions: remember kept positions per request (`kept_positions`), for tests and `explain`.
         """
         self.geometry, self.codec, self.pages, self.tables = geometry, codec, pages, tables
         self.scale, self.keep_positions = scale, keep_positions
         self.quant = quant or [QuantScales()] * geometry.num_layers
+        self.model = ModelFacts(rotary, tuple(self.quant))
         self.requests: dict[str, _Request] = {}
 
     def start(self, order: Start) -> None:
@@ -119,7 +124,7 @@ class Compressor:
         if policy is None:
             raise ValueError(f"request {order.request_id} has no policy to start")
         self.finish(order.request_id)
-        observers = policy.observers(self.geometry.num_layers, order.plan.prompt_len)
+        observers = policy.observers(self.geometry.num_layers, order.plan.prompt_len, self.model)
         self.requests[order.request_id] = _Request(policy, order.plan, observers)
 
     def finish(self, request_id: str) -> None:
@@ -148,6 +153,7 @@ class Compressor:
             scale=self.scale,
             quant=self.quant[layer],
             observed=observed,
+            rotary=self.model.rotary,
         )
 
     def slot(self, request_id: str) -> int | None:

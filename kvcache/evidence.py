@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 
 from kvcache.pages import PageCodec, PageGeometry
+from kvcache.rotary import Rotary
 
 
 class Evidence(StrEnum):
@@ -18,6 +19,7 @@ class Evidence(StrEnum):
 
     NONE = "none"
     KEYS = "keys"
+    QUERY_MOMENTS = "query moments"
     WINDOW_QUERIES = "last-w queries"
     COLUMN_SUMS = "column sums"
 
@@ -46,6 +48,7 @@ class LayerEvidence:
         window_queries: [window, num_heads, head_dim], post-RoPE, or None for policies that don't ask for it.
         scale: softmax scale (1/sqrt(head_dim) in most models).
         observed: what the policy's observers found, by their names (see `kvcache.observers`).
+        rotary: how the model rotates queries and keys, where that is known.
     """
 
     def __init__(
@@ -56,9 +59,10 @@ class LayerEvidence:
         window_queries: torch.Tensor | None,
         scale: float,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        rotary: Rotary | None = None,
     ) -> None:
         self.layer, self.keys, self.values = layer, keys, values
-        self.window_queries, self.scale, self.observed = window_queries, scale, observed
+        self.window_queries, self.scale, self.observed, self.rotary = window_queries, scale, observed, rotary
 
     @cached_property
     def window_attention(self) -> torch.Tensor:
@@ -98,6 +102,7 @@ class PagedEvidence(LayerEvidence):
         scale: float,
         quant: QuantScales,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        rotary: Rotary | None = None,
     ) -> None:
         """
         Args:
@@ -106,7 +111,7 @@ class PagedEvidence(LayerEvidence):
             raw_queries: the window's queries of this layer as recorded, or None.
             quant: what raw queries, keys and values are multiplied with.
         """
-        self.observed = observed
+        self.observed, self.rotary = observed, rotary
         self.layer, self.pages, self.blocks, self.geometry, self.codec = layer, pages, blocks, geometry, codec
         self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
         self._prompt_len = prompt_len

@@ -16,6 +16,7 @@ from kvcache.allocators.zipvl import ZipVLLayers
 from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
+from kvcache.policies.expectedattention import ExpectedAttention
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.pyramidkv import PyramidKV
@@ -27,7 +28,8 @@ from kvcache.policies.zigzagkv import ZigZagKV
 
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
-    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, Random,
+    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA,
+    ExpectedAttention, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)

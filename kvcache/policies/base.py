@@ -12,7 +12,9 @@ from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, U
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.method import Arguments, Method
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
+from kvcache.observers.moments import QueryMoments
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 
@@ -81,11 +83,17 @@ class Policy(Method):
             return 0
         return int(getattr(self.args, "window", self.recent))
 
-    def observers(self, num_layers: int, prompt_len: int) -> tuple[Observer, ...]:
-        """What watches a prompt for this policy, made anew for each: one for each kind of evidence in `needs`."""
+    def observers(self, num_layers: int, prompt_len: int, model: ModelFacts = UNKNOWN) -> tuple[Observer, ...]:
+        """What watches a prompt for this policy, made anew for each: one for each kind of evidence in `needs`.
+
+        Args:
+            model: without the running model's facts an observer can tell what it wants, not observe.
+        """
         found: list[Observer] = []
         if self.query_window:
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
+        if Evidence.QUERY_MOMENTS in self.needs:
+            found.append(QueryMoments(num_layers, prompt_len, model))
         return tuple(found)
 
     def first_query(self, prompt_len: int) -> int:

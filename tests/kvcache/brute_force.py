@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from fractions import Fraction
 from itertools import pairwise
@@ -204,3 +205,50 @@ def ada_counts(scores: list[list[float]], tokens: int, floor: Fraction) -> list[
     for _, head in rest[:free]:
         counts[head] += 1
     return counts
+
+
+def turned(vector: list[float], position: int, rotary_dim: int, base: float, direction: int = 1) -> list[float]:
+    """RoPE (neox) of one vector as complex numbers; `direction` -1 undoes it."""
+    half, result = rotary_dim // 2, list(vector)
+    for pair in range(half):
+        z = complex(vector[pair], vector[pair + half])
+        z *= cmath.exp(direction * 1j * position / base ** (2 * pair / rotary_dim))
+        result[pair], result[pair + half] = z.real, z.imag
+    return result
+
+
+def future_moments(
+    queries: Matrix, skipped: int, future: int, rotary_dim: int, base: float
+) -> tuple[list[float], Matrix]:
+    """Mean and covariance of one head's queries before RoPE (rotated ones come in), as if the mean of the next
+    positions' rotation matrices were applied to them.
+
+    Args:
+        queries: [n][d], of the whole prompt.
+    """
+    n, d = len(queries), len(queries[0])
+    plain = [turned(queries[i], i, rotary_dim, base, -1) for i in range(skipped, n)]
+    unit = [[float(i == j) for j in range(d)] for i in range(d)]
+    columns = [[turned(unit[j], n + step, rotary_dim, base) for step in range(future)] for j in range(d)]
+    matrix = [[sum(turn[i] for turn in columns[j]) / future for j in range(d)] for i in range(d)]
+    ahead = [[sum(row[j] * query[j] for j in range(d)) for row in matrix] for query in plain]
+    mean = [sum(column) / len(ahead) for column in zip(*ahead, strict=True)]
+    around = [[x - m for x, m in zip(query, mean, strict=True)] for query in ahead]
+    covariance = [[sum(query[i] * query[j] for query in around) / len(around) for j in range(d)] for i in range(d)]
+    return mean, covariance
+
+
+def expected_attention(
+    moments: list[tuple[list[float], Matrix]], keys: Matrix, values: Matrix, scale: float, sinks: int, epsilon: float
+) -> list[float]:
+    """Of one KV head, for all tokens; sinks at infinity. `moments`: of the query heads that share it."""
+    heads = []
+    for mean, covariance in moments:
+        logits = []
+        for key in keys[sinks:]:
+            bent = sum(a * covariance[i][j] * b for i, a in enumerate(key) for j, b in enumerate(key))
+            logits.append(scale * sum(a * b for a, b in zip(key, mean, strict=True)) + scale**2 * bent / 2)
+        heads.append(softmax(logits))
+    expected = [sum(at) / len(at) for at in zip(*heads, strict=True)]
+    lengths = [math.sqrt(sum(x * x for x in value)) for value in values[sinks:]]
+    return [math.inf] * sinks + [(p + epsilon) * length for p, length in zip(expected, lengths, strict=True)]

@@ -15,6 +15,7 @@ from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policy_class
+from kvcache.rotary import Rotary
 from kvcache.tables import PageTables
 
 PAGE = 16
@@ -22,6 +23,7 @@ HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
 WINDOW = 6
 SINKS = 3
+ROTARY_DIM, ROTARY_BASE = 6, 50.0
 
 
 def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:
@@ -29,6 +31,17 @@ def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:
     small = {"sinks": SINKS, "recent": WINDOW, "window": WINDOW}
     known = policy_class({"policy": policy, **arguments}).Args.model_fields
     return {"policy": policy, "budget": budget, **{k: v for k, v in small.items() if k in known}, **arguments}
+
+
+def rotary_table(positions: int, rotary_dim: int, base: float) -> torch.Tensor:
+    """Cosines and sines of `position / base ** (2 * pair / rotary_dim)`: float32 [positions, rotary_dim]."""
+    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] / base**pairs
+    return torch.cat((angles.cos(), angles.sin()), -1).float()
+
+
+ROTARY = Rotary(rotary_table(1024, ROTARY_DIM, ROTARY_BASE), neox=True)
+"""What the synthetic model's queries were rotated with: two numbers of a head are not."""
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +113,9 @@ class PagedCache:
     def compressor(self, slots: int = 1) -> Compressor:
         """With one table unless more are asked for: a slot that isn't given back is missed at once."""
         tables = PageTables(self.geometry, slots=slots, width=len(self.free))
-        return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, keep_positions=True)
+        return Compressor(
+            self.geometry, self.codec, self.pages, tables, scale=SCALE, rotary=ROTARY, keep_positions=True
+        )
 
     def block_table(self, first_block: int, length: int) -> torch.Tensor:
         """vLLM's row for `length` tokens: int32 [1, blocks]. Entries that nobody may read hold no block's id."""

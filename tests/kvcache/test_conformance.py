@@ -17,6 +17,8 @@ from kvcache.registry import HEADS, LAYERS, PARTS, policies
 from tests.kvcache.brute_force import (
     ada_counts,
     critical_scores,
+    expected_attention,
+    future_moments,
     kept,
     keydiff_scores,
     probabilities_before,
@@ -27,7 +29,19 @@ from tests.kvcache.brute_force import (
     tova_votes,
     zigzag_tokens,
 )
-from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, Run, bits, compress, words
+from tests.kvcache.synthetic import (
+    PAGE,
+    ROTARY_BASE,
+    ROTARY_DIM,
+    SCALE,
+    SINKS,
+    WINDOW,
+    PagedCache,
+    Run,
+    bits,
+    compress,
+    words,
+)
 
 BUDGET = 70
 NEW = 2 * PAGE + 5
@@ -172,6 +186,14 @@ def scores_by_hand(run: Run, layer: int) -> list[list[float]]:
         return policy.scores(evidence).tolist()
     if policy.name == "tova":
         return [tova_votes(attention_by_hand(run, layer))] * len(keys)
+    if policy.name == "expectedattention":
+        queries, args = cache.queries[layer, :n].transpose(0, 1).tolist(), policy.args
+        moments = [future_moments(head, 4, args.future, ROTARY_DIM, ROTARY_BASE) for head in queries]
+        weights = values if args.values else [[[1.0] for _ in head] for head in values]
+        return [
+            expected_attention(moments[i * group : (i + 1) * group], head, own, SCALE, SINKS, args.epsilon)
+            for i, (head, own) in enumerate(zip(keys, weights, strict=True))
+        ]
     assert isinstance(policy, SnapKV), f"write the scores of {policy.name} out by hand here"
     queries = window_queries(run, layer)
     settings = policy.args.model_dump(include={"pooling", "kernel", "group_reduce", "group_stage"})
@@ -295,6 +317,9 @@ def test_kept_sets_of_combinations_equal_those_by_hand(policy: str, layers: str,
         ("criticalkv", {"pooling": "none", "first_stage": 1.0, "group_reduce": "mean"}),
         ("criticalkv", {"pooling": "none", "first_stage": 0.3, "epsilon": 0.02}),
         ("criticalkv", {"pooling": "none", "epsilon": 0.0, "layers": "zigzag"}),
+        ("expectedattention", {"future": 1, "epsilon": 0.0}),
+        ("expectedattention", {"future": 40, "epsilon": 0.01, "values": False, "layers": "zigzag"}),
+        ("expectedattention", {"recent": 0, "heads": "adakv", "floor": 0.5}),
     ],
 )
 def test_arguments_of_parts_equal_those_by_hand(policy: str, arguments: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import HEADS, LAYERS, make_policy, policies
-from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
+from tests.kvcache.synthetic import PAGE, ROTARY, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
 
 ALL = sorted(policies())
 QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
+WATCHING = [name for name in ALL if policies()[name].needs - {Evidence.NONE, Evidence.KEYS}]
 PROMPT, BUDGET = 150, 70
 
 
@@ -51,7 +52,7 @@ def test_more_budget_never_keeps_less(policy: str, prompt_len: int) -> None:
     assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
 
 
-@pytest.mark.parametrize("policy", QUERY_AWARE)
+@pytest.mark.parametrize("policy", WATCHING)
 @pytest.mark.parametrize(
     "chunks", [[1] * PROMPT, [7] * 21 + [3], [PROMPT - 1, 1], [40, 104, 6]], ids=lambda c: f"{len(c)} chunks"
 )
@@ -108,7 +109,7 @@ def test_start_again_forgets_the_table_and_finish_forgets_all(policy: str) -> No
     for _ in range(2):
         plan = cache.start(compressor, words(policy, BUDGET))
         assert compressor.slot("r") is None
-        assert bool(compressor.observers("r")) == (policy in QUERY_AWARE)
+        assert bool(compressor.observers("r")) == (policy in WATCHING)
         cache.feed(compressor, [PROMPT])
         cache.compact(compressor, plan)
         assert compressor.slot("r") is not None and not compressor.observers("r")
@@ -190,7 +191,7 @@ def test_positions_are_forgotten_unless_asked_for(policy: str) -> None:
     asked = compress(PagedCache(PROMPT), words(policy, BUDGET))
     cache = PagedCache(PROMPT)
     tables = cache.compressor().tables
-    compressor = Compressor(cache.geometry, cache.codec, cache.pages, tables, scale=SCALE)
+    compressor = Compressor(cache.geometry, cache.codec, cache.pages, tables, scale=SCALE, rotary=ROTARY)
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [PROMPT])
     cache.compact(compressor, plan)
@@ -245,8 +246,16 @@ def test_token_whose_score_is_nan_stays_and_is_counted() -> None:
 
 
 WHOLE_HEAD = 160 - WINDOW
-# One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys.
-NANS = {"streamingllm": 0, "random": 0, "l2norm": 1, "keydiff": 160, "tova": 2 * WHOLE_HEAD}
+# One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys,
+# Expected Attention all behind the sinks.
+NANS = {
+    "streamingllm": 0,
+    "random": 0,
+    "l2norm": 1,
+    "keydiff": 160,
+    "tova": 2 * WHOLE_HEAD,
+    "expectedattention": 160 - SINKS,
+}
 
 
 @pytest.mark.parametrize("heads", HEADS)

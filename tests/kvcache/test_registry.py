@@ -31,7 +31,10 @@ from kvcache.registry import (
 )
 from tests.kvcache.synthetic import PagedCache, compress, words
 
-NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, random"
+NAMES = (
+    "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, expectedattention, "
+    "random"
+)
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
 ARGUMENTS = "budget, sinks, window, kernel, pooling, group_reduce, group_stage"
 BUDGET = "a whole number of tokens or a share of the prompt such as '25%'"
