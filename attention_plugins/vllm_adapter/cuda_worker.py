@@ -17,6 +17,7 @@ from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.worker import CompressionWorker
 from kvcache.evidence import PagedEvidence, QuantScales
 from kvcache.kernels import window_votes
+from kvcache.observers.moments import QueryMoments
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
 from kvcache.tables import PageTables
 
@@ -63,12 +64,13 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         layers, kv_heads = config.model_config.get_num_layers(parallel), config.model_config.get_num_kv_heads(parallel)
         slots, page_size = config.scheduler_config.max_num_seqs, config.cache_config.block_size
         width = -(-config.model_config.max_model_len // page_size) + 1
-        query = config.model_config.get_num_attention_heads(parallel) * config.model_config.get_head_size() * 2
+        heads, head_dim = config.model_config.get_num_attention_heads(parallel), config.model_config.get_head_size()
         graphs = 2 * len(config.compilation_config.cudagraph_capture_sizes or ())
         return (
             PageTables.nbytes(layers, kv_heads, slots, width)
             + StepBuffers.nbytes(slots, kv_heads, width)
-            + WINDOW_TOKENS * layers * query
+            + WINDOW_TOKENS * layers * heads * head_dim * 2
+            + QueryMoments.nbytes(layers, heads, head_dim)
             + GRAPH_BYTES * graphs
         )
 

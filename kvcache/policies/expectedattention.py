@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -31,7 +33,9 @@ class ExpectedAttention(Policy):
         recent: int = Field(32, ge=0, le=4096, description="Last tokens of the prompt that always stay.")
         future: int = Field(512, ge=1, le=65536, description="Positions after the prompt whose rotation is averaged.")
         epsilon: float = Field(1e-4, ge=0, le=1, description="Added to expected attention before it is weighted.")
-        values: bool = Field(True, description="Weight expected attention by the length (L2) of the token's value.")
+        weighting: Literal["values", "none"] = Field(
+            "values", description="Whether expected attention is weighted by the length (L2) of the token's value."
+        )
 
     args: Args
 
@@ -47,7 +51,7 @@ class ExpectedAttention(Policy):
             expected = [expected_logits(keys, mean[i], covariance[i], evidence.scale).softmax(-1) for i in places]
             row.copy_(torch.stack(expected).mean(0))
         scores += self.args.epsilon
-        if self.args.values:
+        if self.args.weighting == "values":
             scores *= torch.linalg.vector_norm(evidence.values[:, sinks:], dim=-1, dtype=torch.float32)
         return F.pad(scores, (sinks, 0), value=float("inf"))
 

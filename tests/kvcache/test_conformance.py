@@ -189,7 +189,7 @@ def scores_by_hand(run: Run, layer: int) -> list[list[float]]:
     if policy.name == "expectedattention":
         queries, args = cache.queries[layer, :n].transpose(0, 1).tolist(), policy.args
         moments = [future_moments(head, 4, args.future, ROTARY_DIM, ROTARY_BASE) for head in queries]
-        weights = values if args.values else [[[1.0] for _ in head] for head in values]
+        weights = values if args.weighting == "values" else [[[1.0] for _ in head] for head in values]
         return [
             expected_attention(moments[i * group : (i + 1) * group], head, own, SCALE, SINKS, args.epsilon)
             for i, (head, own) in enumerate(zip(keys, weights, strict=True))
@@ -318,7 +318,7 @@ def test_kept_sets_of_combinations_equal_those_by_hand(policy: str, layers: str,
         ("criticalkv", {"pooling": "none", "first_stage": 0.3, "epsilon": 0.02}),
         ("criticalkv", {"pooling": "none", "epsilon": 0.0, "layers": "zigzag"}),
         ("expectedattention", {"future": 1, "epsilon": 0.0}),
-        ("expectedattention", {"future": 40, "epsilon": 0.01, "values": False, "layers": "zigzag"}),
+        ("expectedattention", {"future": 40, "epsilon": 0.01, "weighting": "none", "layers": "zigzag"}),
         ("expectedattention", {"recent": 0, "heads": "adakv", "floor": 0.5}),
     ],
 )

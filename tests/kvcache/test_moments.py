@@ -127,7 +127,7 @@ def test_scores_of_queries_that_are_all_alike() -> None:
     weights = [math.e, 1.0, math.e**2]
     expected = [(w / sum(weights) + 0.5) * length for w, length in zip(weights, [5, 1, 2], strict=True)]
     torch.testing.assert_close(scores, torch.tensor([[math.inf, *expected]]))
-    plain = ExpectedAttention(ExpectedAttention.Args.model_validate({"sinks": 1, "epsilon": 0.0, "values": False}))
+    plain = ExpectedAttention(ExpectedAttention.Args.model_validate({"sinks": 1, "epsilon": 0.0, "weighting": "none"}))
     found = plain.scores(evidence(keys, values, moments, still))
     torch.testing.assert_close(found[0, 1:], torch.tensor(weights) / sum(weights))
 
