@@ -21,6 +21,7 @@ from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.pyramidkv import PyramidKV
 from kvcache.policies.random import Random
+from kvcache.policies.rkv import RKV
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.streamingllm import StreamingLLM
 from kvcache.policies.tova import TOVA
@@ -29,7 +30,7 @@ from kvcache.policies.zigzagkv import ZigZagKV
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
     StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA,
-    ExpectedAttention, Random,
+    RKV, ExpectedAttention, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)

@@ -252,3 +252,35 @@ def expected_attention(
     expected = [sum(at) / len(at) for at in zip(*heads, strict=True)]
     lengths = [math.sqrt(sum(x * x for x in value)) for value in values[sinks:]]
     return [math.inf] * sinks + [(p + epsilon) * length for p, length in zip(expected, lengths, strict=True)]
+
+
+def redundancies(keys: Matrix, threshold: float) -> list[float]:
+    """R-KV: column means of the cosines, the newest similar key of each row left out; their softmax."""
+    n = len(keys)
+    lengths = [math.sqrt(sum(x * x for x in key)) for key in keys]
+    sums = [0.0] * n
+    for i in range(n):
+        row = [sum(a * b for a, b in zip(keys[i], keys[j], strict=True)) / lengths[i] / lengths[j] for j in range(n)]
+        row[i] = 0.0
+        assert all(abs(cosine - threshold) > 1e-6 for cosine in row), "rounding decides here: choose another seed"
+        similar = [j for j in range(n) if row[j] > threshold]
+        for j in range(n):
+            sums[j] += 0.0 if similar and j == similar[-1] else row[j]
+    return softmax([total / n for total in sums])
+
+
+def rkv_scores(
+    queries: list[Matrix], keys: Matrix, scale: float, kernel: int, mix: float, threshold: float
+) -> list[float]:
+    """R-KV of one KV head, for the tokens before the window. `queries`: [group][w][d]; `keys`: [n][d]."""
+    w = len(queries[0])
+    older = len(keys) - w
+    rows = []
+    for at in range(w):
+        logits = [
+            max(scale * sum(a * b for a, b in zip(head[at], key, strict=True)) for head in queries)
+            for key in keys[:older]
+        ]
+        rows.append(softmax(logits))
+    votes = pooled([sum(column) / w for column in zip(*rows, strict=True)], "max", kernel)
+    return [mix * vote - (1 - mix) * again for vote, again in zip(votes, redundancies(keys, threshold), strict=False)]

@@ -32,8 +32,8 @@ from kvcache.registry import (
 from tests.kvcache.synthetic import PagedCache, compress, words
 
 NAMES = (
-    "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, expectedattention, "
-    "random"
+    "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, rkv, "
+    "expectedattention, random"
 )
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
 ARGUMENTS = "budget, sinks, window, kernel, pooling, group_reduce, group_stage"
