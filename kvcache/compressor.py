@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 
 from kvcache.allocation import apportion
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.model import ModelFacts
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
-from kvcache.rotary import Rotary
 from kvcache.selection import force, keep_top
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
@@ -99,7 +98,7 @@ class Compressor:
         *,
         scale: float,
         quant: Sequence[QuantScales] = (),
-        rotary: Rotary | None = None,
+        model: ModelFacts = UNKNOWN,
         keep_positions: bool = False,
     ) -> None:
         """
@@ -110,13 +109,13 @@ class Compressor:
             tables: where page tables are kept.
             scale: softmax scale.
             quant: by layer, what queries, keys and values are multiplied with; left out where they aren't quantised.
-            rotary: how the model rotates queries and keys; None: no policy that asks for it may start.
+            model: what else is known of the model; no policy may start that asks for what is missing there.
             keep_positions: remember kept positions per request (`kept_positions`), for tests and `explain`.
         """
         self.geometry, self.codec, self.pages, self.tables = geometry, codec, pages, tables
         self.scale, self.keep_positions = scale, keep_positions
         self.quant = quant or [QuantScales()] * geometry.num_layers
-        self.model = ModelFacts(rotary, tuple(self.quant))
+        self.model = replace(model, query_scales=tuple(layer.query for layer in self.quant))
         self.requests: dict[str, _Request] = {}
 
     def start(self, order: Start) -> None:
@@ -153,7 +152,7 @@ class Compressor:
             scale=self.scale,
             quant=self.quant[layer],
             observed=observed,
-            rotary=self.model.rotary,
+            model=self.model,
         )
 
     def slot(self, request_id: str) -> int | None:

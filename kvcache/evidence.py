@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 import torch
 
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.pages import PageCodec, PageGeometry
-from kvcache.rotary import Rotary
 
 
 class Evidence(StrEnum):
@@ -22,6 +22,7 @@ class Evidence(StrEnum):
     QUERY_MOMENTS = "query moments"
     WINDOW_QUERIES = "last-w queries"
     COLUMN_SUMS = "column sums"
+    SPECTROGRAMS = "attention spectrograms"
 
     @staticmethod
     def costliest(*needs: Evidence) -> Evidence:
@@ -48,7 +49,7 @@ class LayerEvidence:
         window_queries: [window, num_heads, head_dim], post-RoPE, or None for policies that don't ask for it.
         scale: softmax scale (1/sqrt(head_dim) in most models).
         observed: what the policy's observers found, by their names (see `kvcache.observers`).
-        rotary: how the model rotates queries and keys, where that is known.
+        model: what is known of the model.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class LayerEvidence:
         window_queries: torch.Tensor | None,
         scale: float,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        rotary: Rotary | None = None,
+        model: ModelFacts = UNKNOWN,
     ) -> None:
         self.layer, self.keys, self.values = layer, keys, values
-        self.window_queries, self.scale, self.observed, self.rotary = window_queries, scale, observed, rotary
+        self.window_queries, self.scale, self.observed, self.model = window_queries, scale, observed, model
 
     @cached_property
     def window_attention(self) -> torch.Tensor:
@@ -102,7 +103,7 @@ class PagedEvidence(LayerEvidence):
         scale: float,
         quant: QuantScales,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        rotary: Rotary | None = None,
+        model: ModelFacts = UNKNOWN,
     ) -> None:
         """
         Args:
@@ -111,7 +112,7 @@ class PagedEvidence(LayerEvidence):
             raw_queries: the window's queries of this layer as recorded, or None.
             quant: what raw queries, keys and values are multiplied with.
         """
-        self.observed, self.rotary = observed, rotary
+        self.observed, self.model = observed, model
         self.layer, self.pages, self.blocks, self.geometry, self.codec = layer, pages, blocks, geometry, codec
         self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
         self._prompt_len = prompt_len

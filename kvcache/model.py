@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvcache.evidence import QuantScales
+from kvcache.namm import Network
 from kvcache.rotary import Rotary
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """For observers.
+    """For observers and scorers.
 
     Attributes:
         rotary: how queries and keys are rotated; None where that isn't known (see `Evidence.QUERY_MOMENTS`).
-        quant: by layer, what queries, keys and values are multiplied with; empty where they aren't quantised.
+        namm: NAMM's network, if the server was given one.
+        query_scales: by layer, what queries are multiplied with where they are fp8; empty where they aren't.
     """
 
     rotary: Rotary | None = None
-    quant: tuple[QuantScales, ...] = ()
+    namm: Network | None = None
+    query_scales: tuple[float, ...] = ()
 
     def query_scale(self, layer: int) -> float:
         """What a layer's queries are multiplied with where they are fp8."""
-        return self.quant[layer].query if self.quant else 1.0
+        return self.query_scales[layer] if self.query_scales else 1.0
 
 
 UNKNOWN = ModelFacts()

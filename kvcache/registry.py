@@ -19,6 +19,7 @@ from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.expectedattention import ExpectedAttention
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
+from kvcache.policies.namm import NAMM
 from kvcache.policies.pyramidkv import PyramidKV
 from kvcache.policies.random import Random
 from kvcache.policies.rkv import RKV
@@ -30,7 +31,7 @@ from kvcache.policies.zigzagkv import ZigZagKV
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
     StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA,
-    RKV, ExpectedAttention, Random,
+    RKV, ExpectedAttention, NAMM, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)

@@ -15,6 +15,7 @@ from kvcache.method import Arguments, Method
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.moments import QueryMoments
+from kvcache.observers.spectrogram import Spectrogram
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
 
@@ -94,6 +95,8 @@ class Policy(Method):
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
         if Evidence.QUERY_MOMENTS in self.needs:
             found.append(QueryMoments(num_layers, prompt_len, model))
+        if Evidence.SPECTROGRAMS in self.needs:
+            found.append(Spectrogram(num_layers, prompt_len, model))
         return tuple(found)
 
     def first_query(self, prompt_len: int) -> int:

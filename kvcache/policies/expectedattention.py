@@ -62,7 +62,7 @@ def future_queries(evidence: LayerEvidence, future: int) -> tuple[torch.Tensor, 
     Raises:
         ValueError: the evidence has no moments, or no rotation.
     """
-    moments, rotary = evidence.observed.get(QueryMoments.name), evidence.rotary
+    moments, rotary = evidence.observed.get(QueryMoments.name), evidence.model.rotary
     if moments is None or rotary is None:
         raise ValueError("the moments of the prompt's queries are needed and were not gathered")
     first, last = evidence.shape[1], evidence.shape[1] + future

@@ -11,6 +11,8 @@ import torch
 
 from attention_plugins.page_rows import page_rows
 from kvcache.compressor import Compact, CompactionReport, Compressor, Start
+from kvcache.model import ModelFacts
+from kvcache.namm import SHAPES, Network
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -42,6 +44,15 @@ def rotary_table(positions: int, rotary_dim: int, base: float) -> torch.Tensor:
 
 ROTARY = Rotary(rotary_table(1024, ROTARY_DIM, ROTARY_BASE), neox=True)
 """What the synthetic model's queries were rotated with: two numbers of a head are not."""
+
+
+def random_network(seed: int = 0) -> Network:
+    """NAMM's, with weights that make scores differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return Network({name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()})
+
+
+MODEL = ModelFacts(ROTARY, random_network())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,9 +124,7 @@ class PagedCache:
     def compressor(self, slots: int = 1) -> Compressor:
         """With one table unless more are asked for: a slot that isn't given back is missed at once."""
         tables = PageTables(self.geometry, slots=slots, width=len(self.free))
-        return Compressor(
-            self.geometry, self.codec, self.pages, tables, scale=SCALE, rotary=ROTARY, keep_positions=True
-        )
+        return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, model=MODEL, keep_positions=True)
 
     def block_table(self, first_block: int, length: int) -> torch.Tensor:
         """vLLM's row for `length` tokens: int32 [1, blocks]. Entries that nobody may read hold no block's id."""

@@ -14,7 +14,7 @@ from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import HEADS, LAYERS, make_policy, policies
-from tests.kvcache.synthetic import PAGE, ROTARY, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
+from tests.kvcache.synthetic import MODEL, PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
 
 ALL = sorted(policies())
 QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
@@ -191,7 +191,7 @@ def test_positions_are_forgotten_unless_asked_for(policy: str) -> None:
     asked = compress(PagedCache(PROMPT), words(policy, BUDGET))
     cache = PagedCache(PROMPT)
     tables = cache.compressor().tables
-    compressor = Compressor(cache.geometry, cache.codec, cache.pages, tables, scale=SCALE, rotary=ROTARY)
+    compressor = Compressor(cache.geometry, cache.codec, cache.pages, tables, scale=SCALE, model=MODEL)
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [PROMPT])
     cache.compact(compressor, plan)
@@ -247,12 +247,13 @@ def test_token_whose_score_is_nan_stays_and_is_counted() -> None:
 
 WHOLE_HEAD = 160 - WINDOW
 # One NaN key makes every vote of its head NaN; TOVA's votes are those of all heads, KeyDiff compares all keys,
-# Expected Attention all behind the sinks.
+# Expected Attention all behind the sinks; NaN attention is in every spectrogram.
 NANS = {
     "streamingllm": 0,
     "random": 0,
     "l2norm": 1,
     "keydiff": 160,
+    "namm": 160,
     "tova": 2 * WHOLE_HEAD,
     "expectedattention": 160 - SINKS,
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvcache.observers.moments
-from kvcache.evidence import LayerEvidence, QuantScales
+from kvcache.evidence import LayerEvidence
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.moments import QueryMoments
 from kvcache.policies.expectedattention import ExpectedAttention, expected_logits
@@ -68,7 +68,7 @@ def test_fp8_queries_are_multiplied_with_their_scale() -> None:
     torch.manual_seed(0)
     stored = torch.randn(1, 40, HEADS, HEAD_DIM).to(torch.float8_e4m3fn)
     for raw in (stored, stored.view(torch.uint8)):
-        found = gather(raw, [25, 15], ModelFacts(ROTARY, (QuantScales(0.25),)))
+        found = gather(raw, [25, 15], ModelFacts(ROTARY, query_scales=(0.25,)))
         expected = gather(stored.float() * 0.25, [40], ModelFacts(ROTARY))
         torch.testing.assert_close(found, expected)
 
@@ -110,7 +110,7 @@ def test_expected_exponential_is_that_of_gaussian_queries() -> None:
 
 
 def evidence(keys: torch.Tensor, values: torch.Tensor, moments: torch.Tensor, rotary: Rotary | None) -> LayerEvidence:
-    return LayerEvidence(0, keys, values, None, keys.shape[-1] ** -0.5, {"query_moments": moments}, rotary)
+    return LayerEvidence(0, keys, values, None, keys.shape[-1] ** -0.5, {"query_moments": moments}, ModelFacts(rotary))
 
 
 def test_scores_of_queries_that_are_all_alike() -> None:
@@ -159,6 +159,8 @@ def test_half_precision_keys_score_in_float32() -> None:
 def test_without_evidence_scores_are_an_error(lacks: str) -> None:
     keys, table = torch.zeros(1, 8, 4), rotary_table(16, 4, 100.0)
     observed = {} if lacks == "moments" else {"query_moments": torch.zeros(1, 5, 4)}
-    given = LayerEvidence(0, keys, keys, None, 1.0, observed, None if lacks == "rotary" else Rotary(table, True))
+    given = LayerEvidence(
+        0, keys, keys, None, 1.0, observed, ModelFacts(None if lacks == "rotary" else Rotary(table, True))
+    )
     with pytest.raises(ValueError, match="moments of the prompt's queries are needed"):
         ExpectedAttention(ExpectedAttention.Args.model_validate({})).scores(given)

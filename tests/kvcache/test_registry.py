@@ -33,7 +33,7 @@ from tests.kvcache.synthetic import PagedCache, compress, words
 
 NAMES = (
     "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, rkv, "
-    "expectedattention, random"
+    "expectedattention, namm, random"
 )
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
 ARGUMENTS = "budget, sinks, window, kernel, pooling, group_reduce, group_stage"
@@ -192,7 +192,8 @@ def test_needs_of_combinations(policy: str, layers: str, heads: str) -> None:
         assert (built.evidence, built.query_window) == (usual.evidence, usual.query_window)
         assert built.minimum_budget(16) == usual.minimum_budget(16)
         return
-    assert built.evidence is Evidence.WINDOW_QUERIES and built.query_window == 50
+    assert built.evidence is Evidence.costliest(usual.evidence, Evidence.WINDOW_QUERIES)
+    assert built.needs == usual.needs | {Evidence.WINDOW_QUERIES} and built.query_window == 50
     assert built.minimum_budget(16) == 50 + 4 + 32
     assert built.recent == (50 if policies()[policy].query_aware else usual.recent)
     assert built.plan(86, 16) is None and built.plan(87, 16) is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvcache.namm import NO_WEIGHTS
 from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.registry import PolicyError, policies
 from server.policies import PolicyDesk
@@ -148,3 +149,10 @@ def test_a_default_without_its_evidence_is_an_error() -> None:
     desk.lacks({})
     with pytest.raises(PolicyError, match="expectedattention needs query moments"):
         desk.lacks({"query moments": "why"})
+
+
+def test_namm_without_weights_is_refused_with_the_flag_to_give() -> None:
+    desk = PolicyDesk({"policy": "none"}, 32)
+    desk.lacks({"attention spectrograms": NO_WEIGHTS})
+    with pytest.raises(PolicyError, match=r"namm needs attention spectrograms.*\(--kv-namm-weights FILE\)"):
+        desk.check({"policy": "namm"})

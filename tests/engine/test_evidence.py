@@ -1,14 +1,17 @@
-"""Expected Attention in the engine: moments gathered over chunks, of queries that the model itself rotated."""
+"""Moments and spectrograms in the engine: gathered over chunks, of queries that the model itself rotated."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+import kvcache.observers.spectrogram
 from tests.engine.harness import PAGE, Engine, Job, same_kept
 from tests.engine.test_answers import prompt_of
+from tests.kvcache.synthetic import random_network
 from tests.reference import Reference
 
 pytestmark = pytest.mark.engine
@@ -75,3 +78,23 @@ def test_moments_are_those_of_the_models_queries_before_rope(
         torch.testing.assert_close(found[:, 0], queries.mean(1), rtol=1e-3, atol=1e-3)
         covariance = torch.stack([head.T.cov(correction=0) for head in queries])
         torch.testing.assert_close(found[:, 1:], covariance, rtol=1e-3, atol=1e-2)
+
+
+def test_spectrograms_of_chunks_keep_the_same_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAMM with random weights, an update every 100 queries."""
+    model = dataclasses.replace(engine.compressor.model, namm=random_network())
+    monkeypatch.setattr(engine.compressor, "model", model)
+    monkeypatch.setattr(kvcache.observers.spectrogram, "PERIOD", 100)
+    prompt, words = prompt_of(641), {"policy": "namm", "budget": 160}
+    (whole,) = engine.run([Job(prompt, words)])
+    for chunk in (640, 90):
+        engine.forget_prefixes()
+        engine.set_chunk(chunk)
+        (chunked,) = engine.run([Job(prompt, words)])
+        assert same_kept(whole, chunked) and chunked.tokens == whole.tokens
+
+
+def test_a_worker_says_what_it_lacks(engine: Engine) -> None:
+    """A Llama's queries can be rotated back; weights for NAMM were not given."""
+    (missing,) = engine.llm.collective_rpc("missing_evidence")
+    assert list(missing) == ["attention spectrograms"] and "--kv-namm-weights" in missing["attention spectrograms"]
