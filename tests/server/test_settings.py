@@ -181,9 +181,7 @@ def test_namm_as_the_servers_policy_needs_weights() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     args = argparse.Namespace(block_size=BLOCK, **vars(parser.parse_args(["--kv-policy", "namm"])))
-    with pytest.raises(
-        StartError, match=r"--kv-policy: namm .* without trained weights \(--kv-namm-weights FILE"
-    ):
+    with pytest.raises(StartError, match=r"--kv-policy: namm .* without trained weights \(--kv-namm-weights FILE"):
         default_policy(args, CPU)
 
 
