@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from kvcache.allocation import apportion
 from kvcache.evidence import HISTORY, POSITIONS, PagedEvidence, QuantScales, quantise
 from kvcache.merging import Merger
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
@@ -136,6 +137,7 @@ class Compressor:
         *,
         scale: float,
         quant: Sequence[QuantScales] = (),
+        model: ModelFacts = UNKNOWN,
         keep_positions: bool = False,
     ) -> None:
         """
@@ -146,11 +148,13 @@ class Compressor:
             tables: where page tables are kept.
             scale: softmax scale.
             quant: by layer, what queries, keys and values are multiplied with; left out where they aren't quantised.
+            model: what else is known of the model; no policy may start that asks for what is missing there.
             keep_positions: remember kept positions per request (`kept_positions`), for tests and `explain`.
         """
         self.geometry, self.codec, self.pages, self.tables = geometry, codec, pages, tables
         self.scale, self.keep_positions = scale, keep_positions
         self.quant = quant or [QuantScales()] * geometry.num_layers
+        self.model = replace(model, query_scales=tuple(layer.query for layer in self.quant))
         self.requests: dict[str, _Request] = {}
 
     def start(self, order: Start) -> None:
@@ -158,7 +162,7 @@ class Compressor:
         if policy is None:
             raise ValueError(f"request {order.request_id} has no policy to start")
         self.finish(order.request_id)
-        observers = policy.observers(self.geometry.num_layers, order.plan.prompt_len)
+        observers = policy.observers(self.geometry.num_layers, order.plan.prompt_len, self.model)
         self.requests[order.request_id] = _Request(policy, order.plan, observers)
 
     def finish(self, request_id: str) -> None:
@@ -191,6 +195,7 @@ class Compressor:
             scale=self.scale,
             quant=self.quant[layer],
             observed=observed,
+            model=self.model,
         )
 
     def slot(self, request_id: str) -> int | None:

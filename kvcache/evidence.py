@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import torch
 
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.pages import PageCodec, PageGeometry
 
 
@@ -18,8 +19,10 @@ class Evidence(StrEnum):
 
     NONE = "none"
     KEYS = "keys"
+    QUERY_MOMENTS = "query moments"
     WINDOW_QUERIES = "last-w queries"
     COLUMN_SUMS = "column sums"
+    SPECTROGRAMS = "attention spectrograms"
 
     @staticmethod
     def costliest(*needs: Evidence) -> Evidence:
@@ -51,6 +54,7 @@ class LayerEvidence:
         window_queries: [window, num_heads, head_dim], post-RoPE, or None for policies that don't ask for it.
         scale: softmax scale (1/sqrt(head_dim) in most models).
         observed: what the policy's observers found, by their names (see `kvcache.observers`).
+        model: what is known of the model.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class LayerEvidence:
         window_queries: torch.Tensor | None,
         scale: float,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        model: ModelFacts = UNKNOWN,
     ) -> None:
         self.layer, self.keys, self.values = layer, keys, values
-        self.window_queries, self.scale, self.observed = window_queries, scale, observed
+        self.window_queries, self.scale, self.observed, self.model = window_queries, scale, observed, model
 
     @cached_property
     def window_attention(self) -> torch.Tensor:
@@ -129,6 +134,7 @@ class PagedEvidence(LayerEvidence):
         scale: float,
         quant: QuantScales,
         observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        model: ModelFacts = UNKNOWN,
     ) -> None:
         """
         Args:
@@ -137,7 +143,7 @@ class PagedEvidence(LayerEvidence):
             raw_queries: the window's queries of this layer as recorded, or None.
             quant: what raw queries, keys and values are multiplied with.
         """
-        self.observed = observed
+        self.observed, self.model = observed, model
         self.layer, self.pages, self.page_table, self.geometry, self.codec = layer, pages, page_table, geometry, codec
         self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
         self._prompt_len = prompt_len

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kvcache.evidence import Evidence
 
@@ -15,6 +15,16 @@ class Arguments(BaseModel):
     """Arguments of a policy or of a part of one. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("kernel must be odd")
+    return kernel
+
+
+Odd = Annotated[int, AfterValidator(_odd)]
+"""Width of a kernel with a middle."""
 
 
 class Method(ABC):

@@ -18,15 +18,18 @@ from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.d2o import D2O
+from kvcache.policies.expectedattention import ExpectedAttention
 from kvcache.policies.h2o import H2O
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
 from kvcache.policies.lfa import LFA
 from kvcache.policies.lra import LRA
+from kvcache.policies.namm import NAMM
 from kvcache.policies.observedattention import ObservedAttention
 from kvcache.policies.pyramidkv import PyramidKV
 from kvcache.policies.raas import RaaS
 from kvcache.policies.random import Random
+from kvcache.policies.rkv import RKV
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.streamingllm import StreamingLLM
 from kvcache.policies.tova import TOVA
@@ -35,7 +38,7 @@ from kvcache.policies.zigzagkv import ZigZagKV
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
     StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, H2O, ObservedAttention, D2O,
-    LRA, LFA, RaaS, Random,
+    ExpectedAttention, RKV, LRA, LFA, RaaS, NAMM, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers, D2OLayers)

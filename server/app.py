@@ -95,6 +95,8 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             raise
         try:
             stop.check()
+            if platform.unavailable is None:
+                await _ask_workers(engine)
             await engine.reset_mm_cache()  # vLLM's warm-up left dummy data there
             shutdown = await build_and_serve(engine, address, sock, args)
         finally:
@@ -102,6 +104,19 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
         await shutdown  # open connections end when the engine has
     finally:
         sock.close()
+
+
+async def _ask_workers(engine: LongreachLLM) -> None:
+    """Let the desk know what only workers see: what their model doesn't give policies.
+
+    Raises:
+        StartError: the server's own policy needs it.
+    """
+    try:
+        for missing in await engine.collective_rpc("missing_evidence"):
+            engine.desk.lacks(missing)
+    except PolicyError as error:
+        raise StartError(in_flags(error)) from None
 
 
 def _listen(args: Namespace) -> tuple[str, Any]:

@@ -70,7 +70,7 @@ def _serve(argv: list[str]) -> None:
 
         from server.arguments import parse, resolve_model
         from server.refusals import refuse_args
-        from server.settings import default_policy
+        from server.settings import default_policy, pass_weights
 
         cli_env_setup()
         args = parse(argv, platform)
@@ -80,6 +80,7 @@ def _serve(argv: list[str]) -> None:
         refuse_args(args, compresses=platform.unavailable is None)
         prepare(args, platform)
         default = default_policy(args, platform)
+        pass_weights(args)
         resolve_model(args)
 
         import uvloop

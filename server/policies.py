@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +22,20 @@ class PolicyDesk:
 
     def __init__(self, default: dict[str, Any], page_size: int, unavailable: str | None = None) -> None:
         self.page_size, self.unavailable = page_size, unavailable
+        self.missing: dict[str, str] = {}
         self.default = self.check(default)
+
+    def lacks(self, missing: Mapping[str, str]) -> None:
+        """Refuse policies that need evidence which this server's model doesn't give.
+
+        Args:
+            missing: by kind of evidence, why it can't be gathered.
+
+        Raises:
+            PolicyError: the server's own policy is one of them.
+        """
+        self.missing.update(missing)
+        self.check(self.default)
 
     def check(self, words: Any) -> dict[str, Any]:
         """The policy a request gets, with every argument spelled out.
@@ -34,6 +48,8 @@ class PolicyDesk:
             return policy_words(None)
         if self.unavailable:
             raise PolicyError("kv_cache.policy", f"{policy.name} is not available: {self.unavailable}.", NONE)
+        if reason := self._why_not(type(policy)):
+            raise PolicyError("kv_cache.policy", f"{policy.name} {reason}.", self._runnable())
         budget, least = policy.args.budget, policy.minimum_budget(self.page_size)
         if budget.tokens is not None and budget.tokens < least:
             raise PolicyError(
@@ -68,4 +84,12 @@ class PolicyDesk:
             least = policy(policy.Args.model_validate({})).minimum_budget(self.page_size)
         except ValidationError:  # some argument has no default
             least = None
-        return {**policy.describe(), "minimum_budget": least}
+        return {**policy.describe(), "minimum_budget": least, "unavailable_reason": self._why_not(policy)}
+
+    def _why_not(self, policy: type[Policy]) -> str | None:
+        """Which of its needs this server can't meet, and why."""
+        needs = [need.value for need in policy.needs if need.value in self.missing]
+        return f"needs {needs[0]}, which this server has not: {self.missing[needs[0]]}" if needs else None
+
+    def _runnable(self) -> str:
+        return ", ".join([NONE, *(name for name, policy in policies().items() if not self._why_not(policy))])

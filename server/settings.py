@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from kvcache.evidence import Evidence
+from kvcache.namm import NO_WEIGHTS, Network
 from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class
-from server.errors import StartError
+from server.errors import StartError, one_line
 from server.platforms import Platform
 from server.policies import PolicyDesk
 
@@ -23,6 +26,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-policy", default=NONE, metavar="NAME", help=f"One of {', '.join([NONE, *policies()])}."
     )  # fmt: skip
+    group.add_argument(
+        "--kv-namm-weights", default=None, metavar="FILE", help="Trained weights of the policy namm (safetensors)."
+    )
     for field, known in PARTS.items():
         group.add_argument(
             _flag(field),
@@ -62,9 +68,28 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
             known = [*policy_class(words).Args.model_fields, *PARTS]
             if foreign := [name for name in given if name not in known]:
                 raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
-        return PolicyDesk(words, args.block_size or 1, platform.unavailable).default
+        desk = PolicyDesk(words, args.block_size or 1, platform.unavailable)
+        desk.lacks({} if args.kv_namm_weights else {Evidence.SPECTROGRAMS.value: NO_WEIGHTS})
+        return desk.default
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
+
+
+def pass_weights(args: argparse.Namespace) -> None:
+    """Put the file of NAMM's weights where workers look for it (`additional_config`), in place.
+
+    Raises:
+        StartError: it doesn't hold them.
+    """
+    if args.kv_namm_weights is None:
+        return
+    file = str(Path(args.kv_namm_weights).expanduser().resolve())
+    try:
+        Network.load(file)
+    except ValueError as error:
+        raise StartError(f"--kv-namm-weights: {one_line(error)}") from None
+    known = args.additional_config or {}
+    args.additional_config = {**known, "longreach": {**known.get("longreach", {}), "namm_weights": file}}
 
 
 def in_flags(error: PolicyError) -> str:

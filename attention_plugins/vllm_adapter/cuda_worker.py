@@ -14,9 +14,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from attention_plugins.vllm_adapter import cuda_backend
 from attention_plugins.vllm_adapter.cuda_backend import StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
-from attention_plugins.vllm_adapter.worker import CompressionWorker
+from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
 from kvcache.kernels import column_sums, window_votes
+from kvcache.observers.moments import QueryMoments
+from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
 from kvcache.tables import PageTables
 
@@ -49,9 +51,9 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         """vLLM's, less what compression holds beside the KV cache; a size that the user gave stays as it is."""
         if self.cache_config.kv_cache_memory_bytes:
             return super().determine_available_memory()
-        ours = self.reserved_bytes()
-        logger.info("KV compression sets %.2f GiB aside", ours / (1 << 30))
-        return super().determine_available_memory() - ours
+        reserved = self.reserved_bytes()
+        logger.info("KV compression sets %.2f GiB aside", reserved / (1 << 30))
+        return super().determine_available_memory() - reserved
 
     def reserved_bytes(self) -> int:
         """Memory of ours that lives beside the KV cache while the model runs.
@@ -64,13 +66,18 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         layers, kv_heads = config.model_config.get_num_layers(parallel), config.model_config.get_num_kv_heads(parallel)
         slots, page_size = config.scheduler_config.max_num_seqs, config.cache_config.block_size
         width = -(-config.model_config.max_model_len // page_size) + 1
-        query = config.model_config.get_num_attention_heads(parallel) * config.model_config.get_head_size() * 2
+        heads, head_dim = config.model_config.get_num_attention_heads(parallel), config.model_config.get_head_size()
         graphs = 2 * len(config.compilation_config.cudagraph_capture_sizes or ())
+        namm = 0
+        if ours(config).get("namm_weights"):
+            namm = Spectrogram.nbytes(layers, heads, kv_heads, head_dim, config.model_config.max_model_len)
         return (
             PageTables.nbytes(layers, kv_heads, slots, width)
             + StepBuffers.nbytes(slots, kv_heads, width)
-            + WINDOW_TOKENS * layers * query
+            + WINDOW_TOKENS * layers * heads * head_dim * 2
             + 4 * layers * kv_heads * config.model_config.max_model_len
+            + QueryMoments.nbytes(layers, heads, head_dim)
+            + namm
             + GRAPH_BYTES * graphs
         )
 

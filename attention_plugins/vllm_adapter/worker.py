@@ -14,9 +14,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
 from attention_plugins.vllm_adapter.pages import flat_pages
+from attention_plugins.vllm_adapter.rotary import UnknownRotary, find_rotary
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
 from kvcache.compressor import Compressor, PendingReport
-from kvcache.evidence import QuantScales
+from kvcache.evidence import Evidence, QuantScales
+from kvcache.model import ModelFacts
+from kvcache.namm import NO_WEIGHTS, Network
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.tables import PageTables
 from kvcache.vllm_adapter.orders import attach_reports
@@ -39,6 +42,8 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
 
     runtime: CompressionRuntime
     attention_layers: list[Any]
+    missing: dict[str, str]
+    """By kind of evidence, why this worker can't gather it."""
 
     @abstractmethod
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
@@ -67,6 +72,13 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             width=-(-self.vllm_config.model_config.max_model_len // geometry.page_size) + 1,
             device=pages.device,
         )
+        self.missing, rotary = {}, None
+        try:
+            rotary = find_rotary(self.get_model(), layers, self.vllm_config.model_config.hf_text_config.model_type)
+        except UnknownRotary as reason:
+            self.missing[Evidence.QUERY_MOMENTS.value] = str(reason)
+        if (network := self._namm(pages.device)) is None:
+            self.missing[Evidence.SPECTROGRAMS.value] = NO_WEIGHTS
         compressor = Compressor(
             geometry,
             self.page_codec(geometry, pages.dtype, layers[0]),
@@ -74,10 +86,19 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             tables,
             scale=layers[0].impl.scale,
             quant=[self.quant_scales(layer) for layer in layers],
-            keep_positions=_keeps_positions(self.vllm_config),
+            model=ModelFacts(rotary, network),
+            keep_positions=bool(ours(self.vllm_config).get("keep_positions")),
         )
         self.runtime = CompressionRuntime(compressor, self.request_ids)
         set_runtime(self.vllm_config, self.runtime)
+
+    def _namm(self, device: torch.device) -> Network | None:
+        file = ours(self.vllm_config).get("namm_weights")
+        return Network.load(file, device) if file else None
+
+    def missing_evidence(self) -> dict[str, str]:
+        """By kind of evidence, why policies that need it can't run; the API process asks before it serves."""
+        return self.missing
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.runtime.begin_step(scheduler_output)
@@ -128,6 +149,7 @@ def _refuse_variants(layer: Any) -> None:
         raise ValueError(f"{layer.layer_name} has {', '.join(names)}: not supported with KV compression")
 
 
-def _keeps_positions(config: VllmConfig) -> bool:
-    """Whether tests asked the compressor to remember kept positions (`additional_config`)."""
-    return bool((config.additional_config or {}).get("longreach", {}).get("keep_positions"))
+def ours(config: VllmConfig) -> dict[str, Any]:
+    """Longreach's part of `additional_config`: `namm_weights` (a file), and in tests `keep_positions`."""
+    found: dict[str, Any] = (config.additional_config or {}).get("longreach", {})
+    return found

@@ -14,8 +14,11 @@ from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.merging import Merger
 from kvcache.method import Arguments, Method
+from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.column_sums import ColumnSums
+from kvcache.observers.moments import QueryMoments
+from kvcache.observers.spectrogram import Spectrogram
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention, whole_pages
 
@@ -108,13 +111,21 @@ class Policy(Method):
             return 0
         return int(getattr(self.args, "window", self.recent))
 
-    def observers(self, num_layers: int, prompt_len: int) -> tuple[Observer, ...]:
-        """What watches a prompt for this policy, made anew for each: one for each kind of evidence in `needs`."""
+    def observers(self, num_layers: int, prompt_len: int, model: ModelFacts = UNKNOWN) -> tuple[Observer, ...]:
+        """What watches a prompt for this policy, made anew for each: one for each kind of evidence in `needs`.
+
+        Args:
+            model: without the running model's facts an observer can tell what it wants, not observe.
+        """
         found: list[Observer] = []
         if self.query_window:
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
         if Evidence.COLUMN_SUMS in self.needs:
             found.append(ColumnSums(num_layers, prompt_len))
+        if Evidence.QUERY_MOMENTS in self.needs:
+            found.append(QueryMoments(num_layers, prompt_len, model))
+        if Evidence.SPECTROGRAMS in self.needs:
+            found.append(Spectrogram(num_layers, prompt_len, model))
         return tuple(found)
 
     @classmethod

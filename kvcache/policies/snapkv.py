@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.method import Odd
 from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_votes
 
@@ -29,17 +30,10 @@ class SnapKV(Policy):
 
     class Args(PolicyArgs):
         window: int = Field(32, ge=1, le=1024, description="Last queries that vote; these tokens always stay.")
-        kernel: int = Field(21, ge=1, le=127, description="Width of the pooling over positions; odd.")
+        kernel: Odd = Field(21, ge=1, le=127, description="Width of the pooling over positions; odd.")
         pooling: Pooling = Field("max", description="Pooling of the votes over positions.")
         group_reduce: GroupReduce = Field("max", description="How the query heads of a KV head are reduced.")
         group_stage: GroupStage = Field("probabilities", description="Whether groups are reduced after the softmax.")
-
-        @field_validator("kernel")
-        @classmethod
-        def _odd(cls, kernel: int) -> int:
-            if kernel % 2 == 0:
-                raise ValueError("kernel must be odd")
-            return kernel
 
     args: Args
 

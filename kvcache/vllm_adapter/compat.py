@@ -14,6 +14,7 @@ from typing import Any
 VLLM_VERSION = "0.32.0"
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
+_ROPE = "vllm.model_executor.layers.rotary_embedding.base"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 # (module, attribute, parameters that must be there)
 PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -35,7 +36,10 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method",)),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
+    # attention_plugins.vllm_adapter.rotary reads what this is given
+    (_ROPE, "RotaryEmbedding.forward_static", ("rotary_dim", "cos_sin_cache", "is_neox_style")),
     # server.arguments builds vLLM's parser
     ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),

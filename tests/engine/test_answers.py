@@ -24,6 +24,7 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "adakv", "budget": 208},
     {"policy": "tova", "budget": 144},
     {"policy": "keydiff", "budget": 240, "layers": "zipvl", "heads": "adakv"},
+    {"policy": "rkv", "budget": 152},
 ]
 NAMES = [f"{words['policy']}-{words['budget']}" for words in POLICIES]
 # These watch all of a prompt's queries, so they have no use for the prefix cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from fractions import Fraction
 from itertools import pairwise
@@ -242,3 +243,82 @@ def d2o_tokens(v: list[float], budget: int, prompt_len: int, first: int, last: i
     others = sum(weight for weight, own in zip(weights, whole, strict=True) if not own)
     rest = total - count * each
     return [each if own else rest * weight / others for weight, own in zip(weights, whole, strict=True)]
+
+
+def turned(vector: list[float], position: int, rotary_dim: int, base: float, direction: int = 1) -> list[float]:
+    """RoPE (neox) of one vector as complex numbers; `direction` -1 undoes it."""
+    half, result = rotary_dim // 2, list(vector)
+    for pair in range(half):
+        z = complex(vector[pair], vector[pair + half])
+        z *= cmath.exp(direction * 1j * position / base ** (2 * pair / rotary_dim))
+        result[pair], result[pair + half] = z.real, z.imag
+    return result
+
+
+def future_moments(
+    queries: Matrix, skipped: int, future: int, rotary_dim: int, base: float
+) -> tuple[list[float], Matrix]:
+    """Mean and covariance of one head's queries before RoPE (rotated ones come in), as if the mean of the next
+    positions' rotation matrices were applied to them.
+
+    Args:
+        queries: [n][d], of the whole prompt.
+    """
+    n, d = len(queries), len(queries[0])
+    plain = [turned(queries[i], i, rotary_dim, base, -1) for i in range(skipped, n)]
+    unit = [[float(i == j) for j in range(d)] for i in range(d)]
+    columns = [[turned(unit[j], n + step, rotary_dim, base) for step in range(future)] for j in range(d)]
+    matrix = [[sum(turn[i] for turn in columns[j]) / future for j in range(d)] for i in range(d)]
+    ahead = [[sum(row[j] * query[j] for j in range(d)) for row in matrix] for query in plain]
+    mean = [sum(column) / len(ahead) for column in zip(*ahead, strict=True)]
+    around = [[x - m for x, m in zip(query, mean, strict=True)] for query in ahead]
+    covariance = [[sum(query[i] * query[j] for query in around) / len(around) for j in range(d)] for i in range(d)]
+    return mean, covariance
+
+
+def expected_attention(
+    moments: list[tuple[list[float], Matrix]], keys: Matrix, values: Matrix, scale: float, sinks: int, epsilon: float
+) -> list[float]:
+    """Of one KV head, for all tokens; sinks at infinity. `moments`: of the query heads that share it."""
+    heads = []
+    for mean, covariance in moments:
+        logits = []
+        for key in keys[sinks:]:
+            bent = sum(a * covariance[i][j] * b for i, a in enumerate(key) for j, b in enumerate(key))
+            logits.append(scale * sum(a * b for a, b in zip(key, mean, strict=True)) + scale**2 * bent / 2)
+        heads.append(softmax(logits))
+    expected = [sum(at) / len(at) for at in zip(*heads, strict=True)]
+    lengths = [math.sqrt(sum(x * x for x in value)) for value in values[sinks:]]
+    return [math.inf] * sinks + [(p + epsilon) * length for p, length in zip(expected, lengths, strict=True)]
+
+
+def redundancies(keys: Matrix, threshold: float) -> list[float]:
+    """R-KV: column means of the cosines, the newest similar key of each row left out; their softmax."""
+    n = len(keys)
+    lengths = [math.sqrt(sum(x * x for x in key)) for key in keys]
+    sums = [0.0] * n
+    for i in range(n):
+        row = [sum(a * b for a, b in zip(keys[i], keys[j], strict=True)) / lengths[i] / lengths[j] for j in range(n)]
+        row[i] = 0.0
+        assert all(abs(cosine - threshold) > 1e-6 for cosine in row), "rounding decides here: choose another seed"
+        similar = [j for j in range(n) if row[j] > threshold]
+        for j in range(n):
+            sums[j] += 0.0 if similar and j == similar[-1] else row[j]
+    return softmax([total / n for total in sums])
+
+
+def rkv_scores(
+    queries: list[Matrix], keys: Matrix, scale: float, kernel: int, mix: float, threshold: float
+) -> list[float]:
+    """R-KV of one KV head, for the tokens before the window. `queries`: [group][w][d]; `keys`: [n][d]."""
+    w = len(queries[0])
+    older = len(keys) - w
+    rows = []
+    for at in range(w):
+        logits = [
+            max(scale * sum(a * b for a, b in zip(head[at], key, strict=True)) for head in queries)
+            for key in keys[:older]
+        ]
+        rows.append(softmax(logits))
+    votes = pooled([sum(column) / w for column in zip(*rows, strict=True)], "max", kernel)
+    return [mix * vote - (1 - mix) * again for vote, again in zip(votes, redundancies(keys, threshold), strict=False)]

@@ -11,10 +11,13 @@ import torch
 
 from attention_plugins.page_rows import page_rows
 from kvcache.compressor import Compact, CompactionReport, Compressor, Start
+from kvcache.model import ModelFacts
+from kvcache.namm import SHAPES, Network
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policy_class
+from kvcache.rotary import Rotary
 from kvcache.tables import PageTables
 
 PAGE = 16
@@ -22,13 +25,34 @@ HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
 WINDOW = 6
 SINKS = 3
+ROTARY_DIM, ROTARY_BASE = 6, 50.0
 
 
 def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:
     """A request's words with small forced parts, in whatever arguments this policy (with these parts) has."""
-    small = {"sinks": SINKS, "recent": WINDOW, "window": WINDOW}
+    small = {"sinks": SINKS, "recent": WINDOW, "window": WINDOW, "interval": 0}
     known = policy_class({"policy": policy, **arguments}).Args.model_fields
     return {"policy": policy, "budget": budget, **{k: v for k, v in small.items() if k in known}, **arguments}
+
+
+def rotary_table(positions: int, rotary_dim: int, base: float) -> torch.Tensor:
+    """Cosines and sines of `position / base ** (2 * pair / rotary_dim)`: float32 [positions, rotary_dim]."""
+    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] / base**pairs
+    return torch.cat((angles.cos(), angles.sin()), -1).float()
+
+
+ROTARY = Rotary(rotary_table(1024, ROTARY_DIM, ROTARY_BASE), neox=True)
+"""What the synthetic model's queries were rotated with: two numbers of a head are not."""
+
+
+def random_network(seed: int = 0) -> Network:
+    """NAMM's, with weights that make scores differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return Network({name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()})
+
+
+MODEL = ModelFacts(ROTARY, random_network())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +124,7 @@ class PagedCache:
     def compressor(self, slots: int = 1) -> Compressor:
         """With one table unless more are asked for: a slot that isn't given back is missed at once."""
         tables = PageTables(self.geometry, slots=slots, width=len(self.free))
-        return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, keep_positions=True)
+        return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, model=MODEL, keep_positions=True)
 
     def block_table(self, first_block: int, length: int) -> torch.Tensor:
         """vLLM's row for `length` tokens: int32 [1, blocks]. Entries that nobody may read hold no block's id."""

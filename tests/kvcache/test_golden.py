@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvcache.policies.rkv
 from kvcache.allocation import pyramid_bounds, pyramid_shares
 from kvcache.allocators.adakv import AdaHeads
 from kvcache.allocators.zigzag import ZigZagLayers, tokens_for_mass
@@ -19,6 +20,7 @@ from kvcache.evidence import LayerEvidence
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
+from kvcache.policies.rkv import RKV, importance, redundancy
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.tova import TOVA
 from kvcache.registry import make_policy
@@ -303,6 +305,49 @@ def test_keydiff_keeps_the_outlier_and_identical_keys_tie() -> None:
     assert kept.tolist() == [[7]]
     # The anchor is the mean of eleven (3, 4) / 5 and one (4, -3) / 5: cosines 11 and 1 of the root of 122.
     assert [float(scores[0]), float(scores[7])] == pytest.approx([-11 / 122**0.5, -1 / 122**0.5])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_rkv_spares_the_newest_of_like_keys(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A17: of three duplicates the newest costs nothing, the oldest most; a block of rows may have any size."""
+    monkeypatch.setattr(kvcache.policies.rkv, "_MAX_COSINES", 4 * rows)
+    keys = torch.tensor([[1.0, 0.0], [1, 0], [0, 1], [1, 0]])
+    expected = torch.tensor([0.5, 0.25, 0.0, 0.0]).softmax(-1)
+    torch.testing.assert_close(redundancy(keys, 0.5), expected)
+    torch.testing.assert_close(expected, torch.tensor([0.334, 0.260, 0.203, 0.203]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(redundancy(keys * torch.tensor([[9.0], [1], [2], [0.1]]), 0.5), expected)
+
+
+def test_rkv_rows_without_a_similar_key_spare_none() -> None:
+    """The published code would take the first key's cosine with each of the others for zero."""
+    keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    row = torch.tensor([0.6, 0.6 + 0.8, 0.8]) / 3
+    torch.testing.assert_close(redundancy(keys, 0.9), row.softmax(-1))
+    spared = torch.tensor([0.6, 0.0, 0.0]) / 3  # rows 0, 1 and 2 lose keys 1, 2 and 1
+    torch.testing.assert_close(redundancy(keys, 0.5), spared.softmax(-1))
+
+
+def test_rkv_importance_takes_the_largest_logit_of_a_group() -> None:
+    """Over older keys alone: the window's own keys take no attention from them."""
+    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    keys = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]])
+    torch.testing.assert_close(importance(queries, keys, 1.0), torch.tensor([2.0, 3.0, 1.0]).softmax(-1))
+    evidence = LayerEvidence(0, torch.cat((keys, 50 * keys[:1]))[None], torch.zeros(1, 4, 2), queries, 1.0)
+    scores = RKV(RKV.Args.model_validate({"window": 1, "mix": 1.0, "kernel": 1})).scores(evidence)
+    torch.testing.assert_close(scores, torch.tensor([[*importance(queries, keys, 1.0).tolist(), math.inf]]))
+
+
+def test_rkv_needs_no_more_than_keys_and_queries() -> None:
+    """Kept and new tokens of an answer are scored by the same call: nothing of the prompt is asked for."""
+    torch.manual_seed(0)
+    policy = RKV(RKV.Args.model_validate({}))
+    evidence = LayerEvidence(0, torch.randn(2, 50, 8), torch.zeros(0), torch.randn(8, 4, 8), 0.3)
+    scores = policy.scores(evidence)
+    assert scores.shape == (2, 50) and scores.dtype == torch.float32
+    assert scores[:, :42].isfinite().all() and scores[:, 42:].isposinf().all()
+    evidence.window_queries = None
+    with pytest.raises(ValueError, match="last queries are needed"):
+        policy.scores(evidence)
 
 
 def test_ties_go_to_the_lower_position() -> None:

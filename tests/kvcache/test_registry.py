@@ -32,7 +32,7 @@ from kvcache.registry import (
 from tests.kvcache.synthetic import PagedCache, compress, words
 
 NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, "
-NAMES += "h2o, observedattention, d2o, lra, lfa, raas, random"
+NAMES += "h2o, observedattention, d2o, expectedattention, rkv, lra, lfa, raas, namm, random"
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl, d2o", "equal, adakv"
 COMMON = "budget, sinks, suffix, interval"
 ARGUMENTS = f"{COMMON}, window, kernel, pooling, group_reduce, group_stage"
@@ -87,7 +87,8 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "snapkv", "layers": "pyramid", "beta": 0}, "kv_cache.beta", "got 0", "integer >= 1 and <= 1000"),
     ({"policy": "criticalkv", "epsilon": -1}, "kv_cache.epsilon", "got -1", "number >= 0 and <= 1"),
     ({"policy": "h2o", "recent_share": 1.5}, "kv_cache.recent_share", "got 1.5", "number >= 0 and <= 1"),
-    ({"policy": "h2o", "merge": "none"}, "kv_cache.merge", "h2o has no such argument", f"{COMMON}, recent_share, watch"),
+    ({"policy": "h2o", "merge": "none"}, "kv_cache.merge", "h2o has no such argument",
+     f"{COMMON}, recent_share, watch"),
     ({"policy": "d2o", "merge": "mean"}, "kv_cache.merge", "got 'mean'", "'paper', 'scatter', 'none'"),
     ({"policy": "d2o", "threshold": math.inf}, "kv_cache.threshold", "got inf", "number >= -2 and <= 2"),
     ({"policy": "snapkv", "layers": "d2o", "whole_last": -1}, "kv_cache.whole_last", "got -1",
@@ -208,7 +209,8 @@ def test_needs_of_combinations(policy: str, layers: str, heads: str) -> None:
         assert built.query_window == usual.query_window
         assert built.minimum_budget(16) == usual.minimum_budget(16)
         return
-    assert Evidence.WINDOW_QUERIES in built.needs and built.query_window == 50
+    assert built.evidence is Evidence.costliest(usual.evidence, Evidence.WINDOW_QUERIES)
+    assert built.needs == usual.needs | {Evidence.WINDOW_QUERIES} and built.query_window == 50
     assert built.minimum_budget(16) == 50 + 4 + 32
     assert built.recent == (50 if "window" in policies()[policy].Args.model_fields else usual.recent)
     assert built.plan(86, 16) is None and built.plan(87, 16) is not None

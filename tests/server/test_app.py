@@ -49,6 +49,12 @@ class FakeEngine:
     async def reset_mm_cache(self) -> None:
         self.log.append("reset")
 
+    missing: tuple[dict[str, str], ...] = ({}, {})
+
+    async def collective_rpc(self, method: str) -> list[dict[str, str]]:
+        self.log.append(method)
+        return list(self.missing)
+
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
@@ -115,7 +121,18 @@ def test_it_listens_on_a_socket_file(parse: Parse, engine: FakeEngine, tmp_path:
     with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://longreach") as client:
         answer = ask(parse("m", "--uds", path), lambda: client.get("/v1/kv/policies"))
     assert answer.json() == DESK.describe()
-    assert engine.log[0] == "reset" and "shutdown" in engine.log
+    assert engine.log[:2] == ["missing_evidence", "reset"] and "shutdown" in engine.log
+
+
+def test_a_default_policy_that_the_model_has_no_evidence_for_ends_the_start(
+    parse: Parse, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any worker may say so."""
+    monkeypatch.setattr(engine, "desk", PolicyDesk({"policy": "expectedattention"}, 32))
+    monkeypatch.setattr(engine, "missing", ({}, {"query moments": "it has no rotary embedding"}))
+    with pytest.raises(StartError, match=r"--kv-policy: .*has no rotary embedding.* Allowed: none, .*snapkv"):
+        asyncio.run(serve(parse("m", "--port", str(free_port())), engine.desk.default, CPU))
+    assert engine.log[-1] == "shutdown"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
@@ -141,7 +158,7 @@ def test_a_failing_application_ends_the_engine(
     monkeypatch.setattr(app, "build_and_serve", fail)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(serve(parse("m", "--port", str(free_port())), DESK.default, CPU))
-    assert engine.log == ["reset", "shutdown"]
+    assert engine.log == ["missing_evidence", "reset", "shutdown"]
 
 
 def test_an_address_in_use_is_told_before_the_engine_starts(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvcache.namm import NO_WEIGHTS
 from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.registry import PolicyError, policies
 from server.policies import PolicyDesk
@@ -127,3 +128,31 @@ def test_a_policy_with_a_needed_argument_is_described(monkeypatch: pytest.Monkey
     assert desk.check({"policy": "needy", "target": 5})["target"] == 5
     with pytest.raises(PolicyError, match=r"kv_cache\.target"):
         desk.check({"policy": "needy"})
+
+
+def test_policies_without_their_evidence_are_refused_with_the_reason() -> None:
+    desk = PolicyDesk({"policy": "none"}, 32)
+    desk.check({"policy": "expectedattention"})
+    desk.lacks({"query moments": "the model has no rotary embedding"})
+    with pytest.raises(PolicyError) as caught:
+        desk.check({"policy": "expectedattention", "layers": "zigzag"})
+    error = caught.value
+    assert error.field == "kv_cache.policy" and "the model has no rotary embedding" in error.problem
+    assert "snapkv" in error.allowed and "expectedattention" not in error.allowed
+    assert desk.check({"policy": "snapkv"}) and desk.check({"policy": "none"})
+    reasons = {policy["name"]: policy.get("unavailable_reason") for policy in desk.describe()["data"]}
+    assert "no rotary embedding" in str(reasons["expectedattention"]) and reasons["snapkv"] is None
+
+
+def test_a_default_without_its_evidence_is_an_error() -> None:
+    desk = PolicyDesk({"policy": "expectedattention"}, 32)
+    desk.lacks({})
+    with pytest.raises(PolicyError, match="expectedattention needs query moments"):
+        desk.lacks({"query moments": "why"})
+
+
+def test_namm_without_weights_is_refused_with_the_flag_to_give() -> None:
+    desk = PolicyDesk({"policy": "none"}, 32)
+    desk.lacks({"attention spectrograms": NO_WEIGHTS})
+    with pytest.raises(PolicyError, match=r"namm needs attention spectrograms.*\(--kv-namm-weights FILE\)"):
+        desk.check({"policy": "namm"})

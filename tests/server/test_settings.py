@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import Field
+from safetensors.torch import save_file
 
 from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.registry import HEADS, LAYERS, PARTS, policies
 from server import settings
 from server.errors import StartError
 from server.platforms import Platform
-from server.settings import add_flags, default_policy
+from server.settings import add_flags, default_policy, pass_weights
+from tests.kvcache.synthetic import random_network
 
 CPU = Platform("cpu", None)
 BLOCK = 32
@@ -23,7 +26,8 @@ BLOCK = 32
 def chosen(*argv: str, platform: Platform = CPU) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    return default_policy(argparse.Namespace(block_size=BLOCK, **vars(parser.parse_args(argv))), platform)
+    flags = vars(parser.parse_args(["--kv-namm-weights", "untouched", *argv]))
+    return default_policy(argparse.Namespace(block_size=BLOCK, **flags), platform)
 
 
 def test_no_flag_means_no_compression() -> None:
@@ -171,3 +175,31 @@ def test_values_of_a_config_file_are_taken(parse: Callable[..., argparse.Namespa
     args.block_size = BLOCK
     assert default_policy(args, CPU).items() >= {"policy": "snapkv", "budget": "25%", "window": 8}.items()
     assert (args.port, args.model) == (8011, None)
+
+
+def test_namm_as_the_servers_policy_needs_weights() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = argparse.Namespace(block_size=BLOCK, **vars(parser.parse_args(["--kv-policy", "namm"])))
+    with pytest.raises(StartError, match=r"--kv-policy: namm .* without trained weights \(--kv-namm-weights FILE"):
+        default_policy(args, CPU)
+
+
+def test_weights_reach_the_workers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the user has there; workers have another working folder."""
+    save_file(random_network().weights, tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(kv_namm_weights="w.safetensors", additional_config={"x": 1, "longreach": {"y": 2}})
+    pass_weights(args)
+    file = str((tmp_path / "w.safetensors").resolve())
+    assert args.additional_config == {"x": 1, "longreach": {"y": 2, "namm_weights": file}}
+    args = argparse.Namespace(kv_namm_weights=None, additional_config=None)
+    pass_weights(args)
+    assert args.additional_config is None
+
+
+def test_weights_that_can_not_be_read_end_the_start(tmp_path: Path) -> None:
+    args = argparse.Namespace(kv_namm_weights=str(tmp_path / "no"), additional_config=None)
+    with pytest.raises(StartError, match=r"--kv-namm-weights: .*no can't be read as safetensors") as caught:
+        pass_weights(args)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,37 @@
+"""NAMM."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.observers.spectrogram import Spectrogram
+from kvcache.policies.base import Policy, PolicyArgs
+
+
+class NAMM(Policy):
+    """An evolved network looks at the spectrogram of the attention that each token got, and at its age.
+
+    Needs trained weights, which the server is given once (`--kv-namm-weights FILE`); without them requests are
+    refused. The layout of published checkpoints is not verified. Decisions are made for each layer and KV head (the
+    attention is the mean over its query heads), with the same network. Two differences from the paper: it keeps
+    whatever scores above 0, here the highest scores fill the budget, which is fixed before the prompt runs; and it
+    decides every 512 tokens, here once, at the prompt's end (the features are updated every 512). Slow: the prompt's
+    attention is computed a second time, in time that grows with the square of its length, and the prefix cache saves
+    such a request nothing. The paper always keeps the newest token (`recent: 1`) and forces no sinks.
+    """
+
+    name = "namm"
+    title = "NAMM: a network over attention's history"
+    paper = "arXiv 2410.13166"
+    evidence = Evidence.SPECTROGRAMS
+
+    class Args(PolicyArgs):
+        recent: int = Field(32, ge=1, le=4096, description="Last tokens of the prompt that always stay.")
+
+    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
+        features, network = evidence.observed.get(Spectrogram.name), evidence.model.namm
+        if features is None or network is None:
+            raise ValueError("attention spectrograms and NAMM's weights are needed and are not there")
+        return torch.stack([network.scores(head) for head in features])

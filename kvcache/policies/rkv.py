@@ -1,0 +1,98 @@
+"""R-KV."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch.nn.functional import normalize
+
+from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.method import Odd
+from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.scorers import pool
+
+# Bounds the memory of `redundancy`: cosines held at once, about 12 bytes each.
+_MAX_COSINES = 1 << 23
+
+
+class RKV(Policy):
+    """Keep what the last queries attend to and what no other kept key says again.
+
+    Importance is the attention of the last `window` queries to the tokens before them (of a KV head's query heads the
+    largest logit counts), pooled; redundancy grows with a key's cosine to all others, but of the keys similar to one
+    the newest is spared. The score is `mix * importance - (1 - mix) * redundancy`. All keys are compared with all: time
+    grows with the square of the prompt's length (memory does not), so it suits prompts up to some ten thousand tokens.
+    Written for long answers, which it compacts every `interval` tokens; a long prompt likewise. `mix` is the paper's
+    0.1, the published code has 0.07; that code also spares the first token once for every key that is like no other,
+    which this doesn't. The paper forces no sinks (`sinks: 0`).
+    """
+
+    name = "rkv"
+    title = "R-KV: important and not redundant"
+    paper = "arXiv 2505.24133"
+    evidence = Evidence.WINDOW_QUERIES
+    query_aware = True
+
+    class Args(PolicyArgs):
+        interval: int = Field(
+            128, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
+        )
+        window: int = Field(8, ge=1, le=1024, description="Last queries that vote; these tokens always stay.")
+        kernel: Odd = Field(7, ge=1, le=127, description="Width of the max pooling of importance; odd.")
+        mix: float = Field(0.1, ge=0, le=1, description="Weight of importance; that of redundancy is the rest.")
+        threshold: float = Field(0.5, ge=-1, le=1, description="Cosine from which on two keys are similar.")
+
+    args: Args
+
+    @property
+    def recent(self) -> int:
+        return self.args.window
+
+    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
+        if evidence.window_queries is None:
+            raise ValueError("the prompt's last queries are needed and were not kept")
+        num_kv_heads, n, _ = evidence.shape
+        queries = evidence.window_queries.float().unflatten(1, (num_kv_heads, -1))
+        older = n - len(queries)
+        scores = torch.empty(num_kv_heads, older, device=evidence.device)
+        for head, row in enumerate(scores):
+            keys = evidence.keys[head].float()
+            votes = pool(importance(queries[:, head], keys[:older], evidence.scale), "max", self.args.kernel)
+            row.copy_(self.args.mix * votes - (1 - self.args.mix) * redundancy(keys, self.args.threshold)[:older])
+        return F.pad(scores, (0, len(queries)), value=float("inf"))
+
+
+def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """What queries give to keys that are all older: the largest logit of the group, softmax, mean over queries.
+
+    Args:
+        queries: float32 [w, group, head_dim], post-RoPE.
+        keys: float32 [n, head_dim], post-RoPE.
+
+    Returns:
+        float32 [n].
+    """
+    return (queries @ keys.T * scale).amax(1).softmax(-1).mean(0)
+
+
+def redundancy(keys: torch.Tensor, threshold: float) -> torch.Tensor:
+    """How much the others repeat each key: float32 [n], sum 1. A block of rows at a time.
+
+    Of each row of the matrix of cosines (without its diagonal) the newest key above the threshold is set to zero,
+    nothing where there is none; the softmax of the columns' means is the redundancy.
+
+    Args:
+        keys: float32 [n, head_dim].
+    """
+    n, unit = len(keys), normalize(keys, dim=-1)
+    total, places = keys.new_zeros(n), torch.arange(n, device=keys.device, dtype=torch.int32)
+    step = max(1, _MAX_COSINES // n)
+    for start in range(0, n, step):
+        cosines = unit[start : start + step] @ unit.T
+        cosines.diagonal(start).zero_()
+        newest = torch.where(cosines > threshold, places, -1).amax(-1, keepdim=True)
+        spared = newest.clamp(min=0).long()
+        cosines.scatter_(1, spared, cosines.gather(1, spared).masked_fill(newest >= 0, 0))
+        total += cosines.sum(0)
+    return (total / n).softmax(-1)
