@@ -10,7 +10,7 @@ class RetentionPlan:
     """What a prompt occupies before and after compaction. Known at admission, from lengths alone.
 
     Attributes:
-        prompt_len: tokens of the prompt.
+        prompt_len: tokens that compaction sees: the prompt, less its suffix.
         page_size: tokens per page (vLLM's block size).
         kept_pages: full pages that each layer and KV head keeps on average; also the number of target blocks.
     """

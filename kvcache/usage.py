@@ -39,12 +39,13 @@ def kv_cache_usage(
     """The field `usage.kv_cache` of an answer.
 
     `kept_tokens` are tokens per KV head by layer; `bytes_held` and `bytes_freed` are the prompt's KV cache after
-    and by compaction, in whole blocks of `block_bytes`. A request that ended before its second token was never
+    and by compaction, in whole blocks of `block_bytes`; the prompt's suffix counts as kept. A request that ended before its second token was never
     compacted, and a budget at or above the prompt drops nothing: both keep all.
     """
     blocks = -(-prompt_len // page_size)
     freed = plan.freed_blocks if plan and report else 0
-    layers = report.layer_tokens if report else [float(prompt_len)]
+    suffix = prompt_len - plan.prompt_len if plan else 0
+    layers = [tokens + suffix for tokens in report.layer_tokens] if report else [float(prompt_len)]
     return {
         **words,
         "prompt_tokens": prompt_len,

@@ -22,6 +22,7 @@ class PolicyArgs(Arguments):
 
     budget: Budget = Field(1024, validate_default=True)
     sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
+    suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
 
 
 class Policy(Method):
@@ -97,9 +98,13 @@ class Policy(Method):
         return minimum_budget(self.args.sinks, max(self.recent, self.query_window), page_size)
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
-        """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum."""
-        budget = max(self.args.budget.resolve(prompt_len), self.minimum_budget(page_size))
-        return plan_retention(prompt_len, budget, page_size)
+        """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum.
+
+        The suffix comes after the compaction: it reads what is left, as the answer does.
+        """
+        seen = prompt_len - self.args.suffix
+        budget = max(self.args.budget.resolve(seen), self.minimum_budget(page_size)) if seen > 0 else 0
+        return plan_retention(seen, budget, page_size) if seen > budget else None
 
     @abstractmethod
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:

@@ -82,7 +82,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         return blocks, num_tokens, boundary, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """A request that replays its answer after preemption stops at the prompt's end, to be compacted there."""
+        """A prompt with a suffix, or one that replays its answer after preemption, stops where it is compacted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.compressions[request.request_id].plan
         if plan and num_computed_tokens < plan.prompt_len:
