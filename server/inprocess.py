@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
@@ -60,6 +62,8 @@ class InProcessEngine:
     Attributes:
         page_size: tokens per page.
         max_model_len: tokens of a prompt and its answer, at most.
+        tokenizer: the model's, of transformers.
+        device: what it runs on, in words; `version`: vLLM's.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
@@ -68,11 +72,13 @@ class InProcessEngine:
         self.page_size: int = config.cache_config.block_size
         self.max_model_len: int = config.model_config.max_model_len
         self.tokenizer: Any = engine.renderer.tokenizer
+        self.device = current_platform.get_device_name() or current_platform.device_type
+        self.version: str = vllm.__version__
         self._number = 0
 
     @property
     def _compressor(self) -> Any:
-        worker: Any = self.engine.model_executor.driver_worker.worker  # type: ignore[attr-defined]
+        worker: Any = self.engine.model_executor.driver_worker.worker
         return worker.runtime.compressor
 
     def run(self, jobs: Sequence[Job], done: Callable[[Job], None] = lambda job: None) -> Sequence[Job]:
