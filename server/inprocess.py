@@ -127,16 +127,16 @@ def build_engine(argv: list[str], *, keep_positions: bool = False, **settings: A
         EmbeddedModelError: the embedded model can't be provided.
     """
     platform = detect()
-    return start_engine(parse(argv, platform), platform, keep_positions=keep_positions, **settings)
+    args = parse(argv, platform)
+    make_ready(args, platform)
+    return start_engine(args, platform, keep_positions=keep_positions, **settings)
 
 
-def start_engine(
-    args: Namespace, platform: Platform, *, keep_positions: bool = False, **settings: Any
-) -> InProcessEngine:
-    """As `build_engine`, from parsed flags.
+def make_ready(args: Namespace, platform: Platform) -> None:
+    """Refuse what can't be, and fill in the rest, in place.
 
     Raises:
-        StartError, EmbeddedModelError: as there.
+        StartError, EmbeddedModelError: as `build_engine`.
     """
     if platform.unavailable is not None:
         raise StartError(platform.unavailable)
@@ -145,6 +145,16 @@ def start_engine(
         raise StartError("--tensor-parallel-size: an engine inside one process has one worker")
     prepare(args, platform)
     resolve_model(args)
+
+
+def start_engine(
+    args: Namespace, platform: Platform, *, keep_positions: bool = False, **settings: Any
+) -> InProcessEngine:
+    """As `build_engine`, from parsed flags that are ready.
+
+    Raises:
+        StartError: as there.
+    """
     vars(args).update(settings, disable_log_stats=True)
     if keep_positions:
         args.additional_config = {**(args.additional_config or {}), "longreach": {"keep_positions": True}}
