@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.method import Arguments, Method
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
-from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
+from kvcache.plan import RetentionPlan, minimum_budget, plan_retention, whole_pages
 
 
 class PolicyArgs(Arguments):
@@ -23,6 +24,9 @@ class PolicyArgs(Arguments):
     budget: Budget = Field(1024, validate_default=True)
     sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
     suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
+    interval: int = Field(
+        0, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
+    )
 
 
 class Policy(Method):
@@ -30,7 +34,8 @@ class Policy(Method):
 
     A policy rates every prompt token per KV head (`scores`) and names the allocators that share its budget over
     layers (`layers`) and over a layer's heads (`heads`); a request may choose others. Sinks and the recent window are
-    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good.
+    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good. With an `interval`
+    the same is done again and again while the answer grows, over the tokens that were kept and those that came since.
 
     Subclasses set the class attributes, may extend `Args`, and are registered in `kvcache.registry` or through the
     entry-point group `longreach.policies`. They never see pages, blocks or vLLM. `Args` and `evidence` take in those
@@ -51,6 +56,8 @@ class Policy(Method):
     """`evidence` without that of the allocators."""
     needs: ClassVar[frozenset[Evidence]] = frozenset()
     """All evidence that the scorer and the allocators need; `evidence` is the costliest."""
+    watches_answers: ClassVar[bool] = False
+    """Whether the policy has its own `answer_observers`, for evidence that is gathered from the answer too."""
     args: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,6 +96,21 @@ class Policy(Method):
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
         return tuple(found)
 
+    @classmethod
+    def repeats(cls) -> bool:
+        """Whether it can compact again while the answer grows: heads of equal length, evidence that can be had then."""
+        lasting = {Evidence.NONE, Evidence.KEYS, Evidence.WINDOW_QUERIES}
+        return cls.heads is EqualHeads and (cls.watches_answers or cls.needs <= lasting)
+
+    def answer_observers(self, num_layers: int, end: int) -> tuple[Observer, ...]:
+        """What watches the answer before it is compacted at token `end`; only asked where `repeats`."""
+        return (QueryWindow(num_layers, self.query_window, end),) if self.query_window else ()
+
+    @property
+    def least_interval(self) -> int:
+        """Smallest interval in tokens: what watches an answer starts anew after each compaction."""
+        return max((end - observer.first for end in [1 << 40] for observer in self.answer_observers(0, end)), default=1)
+
     def first_query(self, prompt_len: int) -> int:
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""
         return min([prompt_len - 1, *(observer.first for observer in self.observers(0, prompt_len))])
@@ -103,8 +125,20 @@ class Policy(Method):
         The suffix comes after the compaction: it reads what is left, as the answer does.
         """
         seen = prompt_len - self.args.suffix
-        budget = max(self.args.budget.resolve(seen), self.minimum_budget(page_size)) if seen > 0 else 0
-        return plan_retention(seen, budget, page_size) if seen > budget else None
+        budget = max(self.args.budget.resolve(max(seen, 1)), self.minimum_budget(page_size))
+        interval = whole_pages(self.args.interval, page_size)
+        if interval and seen <= budget:
+            # The answer has to grow first: until the budget and an interval are full.
+            seen = max(whole_pages(budget, page_size), whole_pages(prompt_len + 1, page_size)) + interval
+        plan = plan_retention(seen, budget, page_size) if seen > budget else None
+        return replace(plan, pinned=self.args.sinks, interval=interval) if plan else None
+
+    def carry(self, evidence: LayerEvidence) -> torch.Tensor | None:
+        """What to remember of each token until the next compaction: float32 [num_kv_heads, n], or None.
+
+        What was remembered comes back as `evidence.history`.
+        """
+        return None
 
     @abstractmethod
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
@@ -116,6 +150,7 @@ class Policy(Method):
         return {
             **super().describe(),
             "query_aware": cls.query_aware,
+            "repeats": cls.repeats(),
             "layers": cls.layers.name,
             "heads": cls.heads.name,
             "layer_lengths_differ": cls.layers.lengths_differ,
