@@ -85,8 +85,7 @@ def figure(found: Explanation) -> Any:
         range(layers), mean.numpy(), xerr=reach if heads > 1 else None, height=0.8, color="#9dbdf2",
         error_kw={"elinewidth": 0.8, "ecolor": "#1c2733"},
     )  # fmt: skip
-    axes["bars"].set(ylim=(layers - 0.5, -0.5), yticks=[], xlabel="tokens kept: mean, min to max over heads")
-    axes["bars"].xaxis.label.set_fontsize(8)
+    axes["bars"].set(ylim=(layers - 0.5, -0.5), yticks=[], xlabel="tokens kept\n(line: min to max over heads)")
     for part in axes.values():
         part.spines[["top", "right"]].set_visible(False)
         part.tick_params(labelsize=8)

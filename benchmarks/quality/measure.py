@@ -23,7 +23,6 @@ KNOWN, UNKNOWN = "known", "unknown"
 NONE = "none"
 ANSWER_TOKENS = 20
 CONTINUATION = 96
-KEYS = 4
 TOP = 20
 """Most likely tokens of the dense distribution that a divergence is taken over, with one bucket for the rest."""
 OTHER_TOP = 100
@@ -91,12 +90,12 @@ def key_case(tokenizer: Any, task: str, key: Passkey) -> Case:
     return Case(task, list(encoded["input_ids"]), tokens_after(encoded["offset_mapping"], end), key)
 
 
-def make_cases(tokenizer: Any, tokens: int, document: int, documents: int, seed: int) -> Iterator[Case]:
-    """The prompts of one document number, each made when its turn comes."""
+def make_cases(tokenizer: Any, tokens: int, document: int, documents: int, seed: int, keys: int) -> Iterator[Case]:
+    """The prompts of one document number, each made when its turn comes; `keys`: in the multi-key document."""
     number = seed * 100_000 + document
     depth = depths(documents)[document]
     yield key_case(tokenizer, "passkey", make_passkey(tokenizer, tokens, depth, number))
-    yield key_case(tokenizer, "multi-key", make_multikey(tokenizer, tokens, KEYS, number))
+    yield key_case(tokenizer, "multi-key", make_multikey(tokenizer, tokens, keys, number))
     passage = make_passage(tokenizer, tokens, CONTINUATION, number)
     yield Case("continuation", passage.document + passage.continuation, CONTINUATION)
 

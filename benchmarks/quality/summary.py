@@ -15,6 +15,9 @@ from benchmarks.quality.measure import KNOWN, NONE, UNKNOWN, Row
 
 SETTINGS = {KNOWN: "question known", UNKNOWN: "question unknown"}
 
+ENOUGH = 0.75
+"""What the dense model has to find of a task's keys for the task to tell something of policies."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -64,6 +67,17 @@ def summarise(rows: Iterable[Row]) -> list[CellScore]:
         kl = statistics.fmean(score.kl for score in tasks.values())
         found.append(CellScore(policy, budget, setting, kept, mean, worst_task, worst, kl, tasks))
     return found
+
+
+def doubts(cells: Sequence[CellScore]) -> list[str]:
+    """Tasks that the model itself is bad at: what a policy scores there says little."""
+    dense = [cell for cell in cells if cell.policy == NONE and cell.setting == KNOWN]
+    tasks = {task: score.score for cell in dense for task, score in cell.tasks.items()}
+    return [
+        f"{task}: without compression the model finds only {score:.0%}, so this task tells little"
+        for task, score in tasks.items()
+        if score < ENOUGH
+    ]
 
 
 def rounded(value: Any) -> Any:

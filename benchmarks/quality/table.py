@@ -3,7 +3,7 @@
 python -m benchmarks.quality.table MODEL_FOLDER|embedded [--tokens 2000,4000] [--documents N] [--policies NAME ...]
     [--budgets 1/2,1/4,1/8,1/16] [--output FILE.json] [--markdown FILE.md] [--plot FILE.png] [any `serve` flag of vLLM]
 
-Tasks: `passkey`, `multi-key` (4 keys, one asked for) and `continuation` (real text, teacher-forced). A key's score is
+Tasks: `passkey`, `multi-key` (several keys, one asked for) and `continuation` (real text, teacher-forced). A key's score is
 the share found, a continuation's the dense perplexity over its own. A run that was broken off goes on where it was
 when it is started again with the same arguments (from FILE.json.part). Runs on what `longreach serve` runs on.
 """
@@ -50,6 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--documents", type=int, default=8, help="of each length")
     add("--policies", nargs="+", metavar="NAME[,ARG=VALUE...]", help="default: every policy that needs no argument")
     add("--budgets", default="1/2,1/4,1/8,1/16", help="shares of the prompt, or tokens")
+    add("--keys", type=int, help="in a multi-key document; default 4, and 2 for `embedded`, which mixes up more")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help=f"defaults for a CPU: {QUICK}")
     add("--output", type=Path, help="JSON of every cell")
@@ -134,7 +135,7 @@ def run(engine: InProcessEngine, cells: Sequence[Cell], args: argparse.Namespace
     with tqdm(total=len(places) * each, initial=(len(places) - len(left)) * each, unit="request") as bar:
         for tokens, document in left:
             rows: list[Row] = []
-            for case in make_cases(engine.tokenizer, tokens, document, args.documents, args.seed):
+            for case in make_cases(engine.tokenizer, tokens, document, args.documents, args.seed, args.keys):
                 bar.set_description(f"{tokens} tokens, document {document + 1}, {case.task}")
                 rows += meter.measure(case, tokens, document, bar.update)
             progress.add(rows)
@@ -161,13 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from benchmarks.quality import measure
     from benchmarks.quality.run import commit
-    from benchmarks.quality.summary import as_json, markdown, plot, summarise
+    from benchmarks.quality.summary import as_json, doubts, markdown, plot, summarise
     from server.errors import StartError, one_line
 
+    args.keys = args.keys or (2 if args.model == EMBEDDED else 4)
     model = EMBEDDED if args.model == EMBEDDED else Path(args.model).name
     settings: dict[str, Any] = {
         "tokens": args.tokens, "documents": args.documents, "budgets": args.budgets, "seed": args.seed, "flags": flags,
-        "policies": args.policies or list(policies()), "answer_tokens": measure.ANSWER_TOKENS, "keys": measure.KEYS,
+        "policies": args.policies or list(policies()), "answer_tokens": measure.ANSWER_TOKENS, "keys": args.keys,
         "continuation": measure.CONTINUATION, "top": [measure.TOP, measure.OTHER_TOP],
     }  # fmt: skip
     try:
@@ -185,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = summarise(progress.rows)
     text = markdown(found)
     print(text)
+    for line in doubts(found):
+        print(line, file=sys.stderr)
     if args.output:
         words = [model if word == args.model else word for word in argv]
         result = {

@@ -23,7 +23,7 @@ from benchmarks.quality.arithmetic import (
 from benchmarks.quality.measure import KNOWN, UNKNOWN, Row, key_case, make_cases
 from benchmarks.quality.needles import make_multikey
 from benchmarks.quality.passkeys import NAMES, Tokenizer, make_passkey
-from benchmarks.quality.summary import as_json, markdown, plot, summarise
+from benchmarks.quality.summary import as_json, doubts, markdown, plot, summarise
 from benchmarks.quality.texts import make_passage, reference_text
 from kvcache.registry import policies
 
@@ -141,14 +141,16 @@ def test_what_is_hidden_is_the_question_and_the_template_behind_it(tokenizer: To
 
 
 def test_each_document_has_three_cases(tokenizer: Tokenizer) -> None:
-    cases = list(make_cases(tokenizer, 600, 1, 4, 0))
+    cases = list(make_cases(tokenizer, 600, 1, 4, 0, keys=3))
+    assert cases[1].key and cases[1].key.document.count("The pass key for") == 3
     assert [case.task for case in cases] == ["passkey", "multi-key", "continuation"]
     assert [case.settings for case in cases] == [(KNOWN, UNKNOWN), (KNOWN, UNKNOWN), (UNKNOWN,)]
     assert all(560 <= len(case.prompt) <= 600 for case in cases)
 
 
 def row(task: str, setting: str, document: int, **found: Any) -> Row:
-    return Row(task, setting, "snapkv", "25%", 600, document, **{"kept": 0.25, "found": None, "kl": 0.0, **found})
+    known = {"policy": "snapkv", "budget": "25%", "tokens": 600, "kept": 0.25, "found": None, "kl": 0.0}
+    return Row(task, setting, document=document, **{**known, **found})
 
 
 def rows() -> list[Row]:
@@ -181,6 +183,13 @@ def test_the_table_has_the_worst_task_beside_the_mean(tmp_path: Path) -> None:
     assert "| 10.0 | 0.60 | 0.00 passkey |" in line
     plot(tmp_path / "plot.png", summarise(rows()), "title")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_tasks_that_the_model_cannot_do_are_named() -> None:
+    dense = [row("passkey", KNOWN, i, policy="none", found=True) for i in range(4)]
+    dense += [row("multi-key", KNOWN, i, policy="none", found=i < 2) for i in range(4)]
+    (line,) = doubts(summarise([*dense, *rows()]))
+    assert line.startswith("multi-key: without compression the model finds only 50%")
 
 
 def test_every_policy_at_every_budget_is_a_cell() -> None:
