@@ -3,9 +3,9 @@
 python -m benchmarks.quality.table MODEL_FOLDER|embedded [--tokens 2000,4000] [--documents N] [--policies NAME ...]
     [--budgets 1/2,1/4,1/8,1/16] [--output FILE.json] [--markdown FILE.md] [--plot FILE.png] [any `serve` flag of vLLM]
 
-Tasks: `passkey`, `multi-key` (several keys, one asked for) and `continuation` (real text, teacher-forced). A key's score is
-the share found, a continuation's the dense perplexity over its own. A run that was broken off goes on where it was
-when it is started again with the same arguments (from FILE.json.part). Runs on what `longreach serve` runs on.
+Tasks: `passkey`, `multi-key` (several keys, one asked for) and `continuation` (real text, teacher-forced). A key's
+score is the share found, a continuation's the dense perplexity over its own. A run that was broken off goes on where
+it was when it is started again with the same arguments (from FILE.json.part). Runs on what `longreach serve` runs on.
 """
 
 from __future__ import annotations
