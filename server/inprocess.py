@@ -108,10 +108,10 @@ class InProcessEngine:
         compressor = self._compressor
         if not compressor.keep_positions:
             return
-        for name, request in compressor.requests.items():
+        for name in compressor.requests:
             job = running.get(name.rpartition("-")[0])  # vLLM adds a suffix to our names
-            if job and not job.kept and request.slot is not None:
-                job.kept = [[positions.cpu() for positions in heads] for heads in request.kept]
+            if job and not job.kept:
+                job.kept = [[positions.cpu() for positions in heads] for heads in compressor.kept_positions(name)]
 
 
 def build_engine(argv: list[str], *, keep_positions: bool = False, **settings: Any) -> InProcessEngine:
