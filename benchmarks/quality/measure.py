@@ -138,10 +138,6 @@ class Meter:
     def __init__(self, engine: InProcessEngine, cells: Sequence[Cell]) -> None:
         self.engine, self.cells = engine, cells
 
-    def requests(self, case: Case) -> int:
-        """How many `measure` makes, less those that only fill the prefix cache."""
-        return 1 + len(self.cells) * len(case.settings)
-
     def measure(self, case: Case, tokens: int, document: int, done: Callable[[], None]) -> list[Row]:
         """One case under everything; the dense run comes first and fills the prefix cache for the others."""
         if not case.key:  # so that of the dense run, too, only the continuation's log probabilities are computed
@@ -161,7 +157,9 @@ class Meter:
 
     def _row(self, case: Case, dense: Job, job: Job, cell: Cell, setting: str, at: Mapping[str, int]) -> Row:
         hidden = case.hidden if setting == UNKNOWN else 0
-        kept = (job.usage["kept_tokens"]["mean"] - hidden) / (len(case.prompt) - hidden)
+        usage = job.usage
+        seen = usage.get("compacted_tokens", len(case.prompt))  # more than the prompt where answers are compacted, too
+        kept = (usage["kept_tokens"]["mean"] - hidden) / (seen - hidden)
         common: dict[str, Any] = {
             "task": case.task, "setting": setting, "policy": cell.policy, "budget": cell.budget, "kept": kept, **at,
         }  # fmt: skip

@@ -131,7 +131,7 @@ def run(engine: InProcessEngine, cells: Sequence[Cell], args: argparse.Namespace
     meter = Meter(engine, cells)
     places = [(int(tokens), document) for tokens in args.tokens.split(",") for document in range(args.documents)]
     left = [place for place in places if not progress.has(*place)]
-    each = 3 + 5 * len(cells)
+    each = 3 + 5 * len(cells)  # three tasks, two of them in two settings; the dense run serves both
     with tqdm(total=len(places) * each, initial=(len(places) - len(left)) * each, unit="request") as bar:
         for tokens, document in left:
             rows: list[Row] = []

@@ -217,3 +217,14 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
         table.Progress(file, {"seed": 1})
     second.finish()
     assert not file.exists()
+
+
+def test_prompts_longer_than_the_model_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Engine:
+        max_model_len = 8192
+
+    monkeypatch.setattr(table, "start", lambda model, flags: Engine())
+    assert table.main(["embedded", "--tokens", "600,8190"]) == 2
+    assert "8190 tokens and an answer don't fit the model's 8192" in capsys.readouterr().err
