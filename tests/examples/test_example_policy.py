@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvcache.evidence import LayerEvidence
 from tests.kvcache.brute_force import snapkv_votes
 from tests.kvcache.synthetic import SCALE, PagedCache
 
@@ -77,8 +78,7 @@ def test_the_conformance_matrix_holds_for_it(site: Path) -> None:
 def test_scores_are_the_chunks_mean_votes(module: ModuleType, chunk: int) -> None:
     cache = PagedCache(107, num_heads=4, num_kv_heads=2, num_layers=1, seed=3)
     policy = module.WholeChunks(module.WholeChunks.Args(window=6, chunk=chunk))
-    compressor = cache.compressor()
-    evidence = compressor.evidence(0, cache.blocks, 107, {"window_queries": cache.queries[0, 101:107]})
+    evidence = LayerEvidence(0, cache.keys[0], cache.values[0], cache.queries[0, 101:107], SCALE)
     scores = policy.scores(evidence)
     assert scores[:, 101:].isinf().all()
     queries, keys = cache.queries[0, 101:107].transpose(0, 1).tolist(), cache.keys[0].tolist()
