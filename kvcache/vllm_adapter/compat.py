@@ -36,6 +36,8 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
+    # server.inprocess starts this one
+    ("vllm.v1.engine.llm_engine", "LLMEngine.__init__", ("vllm_config", "executor_class", "multiprocess_mode")),
     # server.arguments builds vLLM's parser
     ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
