@@ -18,7 +18,10 @@ from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
+from kvcache.policies.lfa import LFA
+from kvcache.policies.lra import LRA
 from kvcache.policies.pyramidkv import PyramidKV
+from kvcache.policies.raas import RaaS
 from kvcache.policies.random import Random
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.streamingllm import StreamingLLM
@@ -27,7 +30,7 @@ from kvcache.policies.zigzagkv import ZigZagKV
 
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
-    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, Random,
+    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, LRA, LFA, RaaS, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)
