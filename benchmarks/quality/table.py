@@ -163,10 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.quality import measure
     from benchmarks.quality.run import commit
     from benchmarks.quality.summary import as_json, doubts, markdown, plot, summarise
+    from server.embedded import EMBEDDED_MODEL_NAME, EmbeddedModelError
     from server.errors import StartError, one_line
 
     args.keys = args.keys or (2 if args.model == EMBEDDED else 4)
     model = EMBEDDED if args.model == EMBEDDED else Path(args.model).name
+    source = commit()  # now: the checkout may change while this runs
     settings: dict[str, Any] = {
         "tokens": args.tokens, "documents": args.documents, "budgets": args.budgets, "seed": args.seed, "flags": flags,
         "policies": args.policies or list(policies()), "answer_tokens": measure.ANSWER_TOKENS, "keys": args.keys,
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{longest} tokens and an answer don't fit the model's {engine.max_model_len}")
         cells = make_cells(args.policies, args.budgets.split(","), engine.page_size)
         run(engine, cells, args, progress)
-    except (ValueError, StartError) as error:
+    except (ValueError, StartError, EmbeddedModelError) as error:
         print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return 2
     found = summarise(progress.rows)
@@ -190,10 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in doubts(found):
         print(line, file=sys.stderr)
     if args.output:
-        words = [model if word == args.model else word for word in argv]
+        places = {args.model: model} | {str(p): p.name for p in (args.output, args.markdown, args.plot) if p}
+        words = [places.get(word, word) for word in argv]  # this machine's folders are nobody's business
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "model": model, "device": engine.device,
-            "commit": commit(), "command": shlex.join(["python", "-m", "benchmarks.quality.table", *words]),
+            "commit": source, "command": shlex.join(["python", "-m", "benchmarks.quality.table", *words]),
             "versions": {"python": sys.version.split()[0], "vllm": engine.version, "torch": version("torch")},
             "settings": settings, "cells": as_json(found),
         }  # fmt: skip
@@ -201,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         args.markdown.write_text(text + "\n", encoding="utf-8")
     if args.plot:
-        plot(args.plot, found, f"{model}, prompts of {args.tokens} tokens, {args.documents} documents each")
+        name = EMBEDDED_MODEL_NAME if model == EMBEDDED else model
+        plot(args.plot, found, f"{name}, prompts of {args.tokens} tokens, {args.documents} documents each")
     progress.finish()
     return 0
 

@@ -29,6 +29,7 @@ def test_one_command_makes_table_json_and_picture(tmp_path: Path, capsys: pytest
             assert 0 < cell["kl"] < 5 and 0.2 < cell["kept"] <= limit
     assert cells["random,seed=3", "200", "unknown"]["kl"] > cells["snapkv", "50%", "known"]["kl"]
     assert result["command"].startswith("python -m benchmarks.quality.table embedded --tokens 600")
+    assert str(tmp_path) not in output.read_text() and "--output table.json" in result["command"]
     assert table.read_text() in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
