@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install $(PIP_ARGS)
 STAMP := $(VENV)/.installed-$(EXTRA)
-SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests docs)
+SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests examples docs)
 
 # requirements/NAME.txt: wheels pinned by hash, installed by themselves because hash mode wants a hash for everything.
 REQUIREMENTS_cpu := requirements/cpu.txt

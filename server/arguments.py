@@ -33,14 +33,18 @@ class _Parser(FlexibleArgumentParser):
         super().error(message)
 
 
-def make_parser(platform: Platform) -> FlexibleArgumentParser:
-    """vLLM's `serve` parser with our flags and defaults: local host, and eager mode on CPUs."""
+def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentParser:
+    """vLLM's `serve` parser with our flags and defaults: local host, and eager mode on CPUs.
+
+    Args:
+        command: ours that takes these flags, for messages.
+    """
     if platform.name == NO_DEVICE:
         stand_in()
     # Not a subcommand "serve": for one of that name vLLM's parser insists on a model before it reads the rest.
     parser = _Parser(
-        prog="longreach serve",
-        usage="longreach serve [MODEL] [flags]",
+        prog=f"longreach {command}",
+        usage=f"longreach {command} {'[MODEL]' if command == 'serve' else '...'} [flags]",
         description=f"vLLM's OpenAI server with KV-cache compression. Serves {EMBEDDED_MODEL_NAME} when no model is "
         "named.",
         epilog="All flags: --help=all    A group: --help=ModelConfig    A flag: --help=kv-budget",
@@ -52,7 +56,7 @@ def make_parser(platform: Platform) -> FlexibleArgumentParser:
     return parser
 
 
-def parse(argv: list[str], platform: Platform) -> Namespace:
+def parse(argv: list[str], platform: Platform, command: str = "serve") -> Namespace:
     """Read the command line and its config file; `model` is None when neither names one.
 
     Raises:
@@ -61,7 +65,7 @@ def parse(argv: list[str], platform: Platform) -> Namespace:
     """
     argv = _split_config(argv)
     _check_config(argv)
-    args: Namespace = make_parser(platform).parse_args(argv)
+    args: Namespace = make_parser(platform, command).parse_args(argv)
     args.model = args.model_tag or args.model
     args.subparser = "serve"  # some of vLLM's checks ask for it
     try:

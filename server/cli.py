@@ -21,6 +21,8 @@ USAGE = """usage: longreach COMMAND ...
         serve MODEL (left out: a small embedded one) over the OpenAI API; --help lists all flags
   policies [--json]
         the KV-cache policies with their arguments, defaults, needs and papers
+  explain PROMPT_FILE|- [--output FILE.png|FILE.html] [--kv-policy NAME] [--kv-...] [--model MODEL]
+        which tokens of a prompt a policy keeps, by layer, head and position
   doctor
         what this machine can run, and why not"""
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with the exit code, except after success.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": _serve, "policies": _policies, "doctor": _doctor}
+    commands = {"serve": _serve, "policies": _policies, "explain": _explain, "doctor": _doctor}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     elif argv[:1] in (["--version"], ["-V"]):
@@ -50,12 +52,13 @@ def _fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def _serve(argv: list[str]) -> None:
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """What may be wrong with a command line, a model or this machine ends in one line and exit code 2."""
     from kvcache.registry import policies
     from kvcache.vllm_adapter.compat import IncompatibleVLLM, check
     from server.embedded import EmbeddedModelError
     from server.errors import StartError, one_line
-    from server.platforms import NO_DEVICE, detect, prepare
 
     try:
         policies()
@@ -63,6 +66,20 @@ def _serve(argv: list[str]) -> None:
         _fail(f"a package with a KV-cache policy can't be used: {one_line(error)}")
     try:
         check()
+        yield
+    except (StartError, IncompatibleVLLM, EmbeddedModelError) as error:
+        logging.getLogger("vllm").debug("why:", exc_info=True)
+        _fail(one_line(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _serve(argv: list[str]) -> None:
+    from kvcache.vllm_adapter.compat import check
+    from server.errors import StartError
+    from server.platforms import NO_DEVICE, detect, prepare
+
+    with _start_errors():
         platform = detect()
         check(platform.name)
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -88,11 +105,16 @@ def _serve(argv: list[str]) -> None:
         from server.app import serve
 
         uvloop.run(serve(args, default, platform))
-    except (StartError, IncompatibleVLLM, EmbeddedModelError) as error:
-        logging.getLogger("vllm").debug("why:", exc_info=True)
-        _fail(one_line(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+
+
+def _explain(argv: list[str]) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the answer is what is printed, not how vLLM starts
+    with _start_errors():
+        from server.explain import explain
+
+        text = explain(argv)
+    with _reader_may_leave():
+        print(text)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Quality benchmarks that talk to any OpenAI-compatible endpoint."""
+"""Quality benchmarks: over HTTP at any OpenAI-compatible endpoint, and a table from an engine inside the process."""

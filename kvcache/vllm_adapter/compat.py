@@ -40,6 +40,8 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
     # attention_plugins.vllm_adapter.rotary reads what this is given
     (_ROPE, "RotaryEmbedding.forward_static", ("rotary_dim", "cos_sin_cache", "is_neox_style")),
+    # server.inprocess starts this one
+    ("vllm.v1.engine.llm_engine", "LLMEngine.__init__", ("vllm_config", "executor_class", "multiprocess_mode")),
     # server.arguments builds vLLM's parser
     ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
