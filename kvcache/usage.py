@@ -45,8 +45,10 @@ def kv_cache_usage(
     blocks = -(-prompt_len // page_size)
     freed = plan.freed_blocks if plan and report else 0
     layers = report.layer_tokens if report else [float(prompt_len)]
+    # Whole tables, such as head gates, would be most of the answer; whoever gave them has them.
+    told = {name: value for name, value in words.items() if not isinstance(value, list)}
     return {
-        **words,
+        **told,
         "prompt_tokens": prompt_len,
         "kept_tokens": {"mean": sum(layers) / len(layers), "min": min(layers), "max": max(layers)},
         "bytes_held": (blocks - freed) * block_bytes,

@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class
+from kvcache.policies.base import MOST_SINKS
+from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class, takes
 from server.errors import StartError
+from server.gates import read_gates
 from server.platforms import Platform
-from server.policies import PolicyDesk
+from server.policies import HouseRules, PolicyDesk
 
 _PREFIX = "kv_arg_"
 
@@ -23,6 +25,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-policy", default=NONE, metavar="NAME", help=f"One of {', '.join([NONE, *policies()])}."
     )  # fmt: skip
+    group.add_argument(
+        "--kv-always-keep",
+        default=HouseRules.always_keep,
+        type=int,
+        metavar="N",
+        help="First tokens of a prompt that every policy keeps; `sinks` can only raise it.",
+    )
+    group.add_argument(
+        "--kv-head-gates",
+        default=None,
+        metavar="FILE",
+        help="Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)",
+    )
     for field, known in PARTS.items():
         group.add_argument(
             _flag(field),
@@ -59,12 +74,23 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
     words = {"policy": args.kv_policy, **given}
     try:
         if args.kv_policy in policies():
-            known = [*policy_class(words).Args.model_fields, *PARTS]
+            known = takes(policy_class(words))
             if foreign := [name for name in given if name not in known]:
                 raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
-        return PolicyDesk(words, args.block_size or 1, platform.unavailable).default
+        return PolicyDesk(words, args.block_size or 1, platform.unavailable, house_rules(args)).default
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
+
+
+def house_rules(args: argparse.Namespace) -> HouseRules:
+    """What the flags say for every request.
+
+    Raises:
+        StartError: a number that is out of bounds, or a file that can't be read.
+    """
+    if not 0 <= args.kv_always_keep <= MOST_SINKS:
+        raise StartError(f"--kv-always-keep: {args.kv_always_keep} tokens; allowed are 0 to {MOST_SINKS}.")
+    return HouseRules(args.kv_always_keep, read_gates(args.kv_head_gates) if args.kv_head_gates else None)
 
 
 def in_flags(error: PolicyError) -> str:

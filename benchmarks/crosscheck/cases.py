@@ -53,7 +53,8 @@ def cases_at(keep: float) -> list[Case]:
     """All comparisons at one share."""
     found = [
         Case("streamingllm", {"class": "StreamingLLMPress", "n_sink": 4}, {"policy": "streamingllm", "sinks": 4}, keep),
-        Case("l2norm", {"class": "KnormPress"}, {"policy": "l2norm", "sinks": 0, "recent": 0}, keep),
+        Case("l2norm", {"class": "KnormPress"}, {"policy": "l2norm", "sinks": 0, "recent": 0}, keep,
+             identical=0.95, overlap=0.999),
         Case("keydiff", {"class": "KeyDiffPress"}, {"policy": "keydiff", "sinks": 0, "recent": 0}, keep),
         Case("tova", {"class": "TOVAPress"}, {"policy": "tova", "sinks": 0, "window": 1}, keep),
         Case("snapkv", _SNAP, {"policy": "snapkv", **_VOTES}, keep),
@@ -66,6 +67,11 @@ def cases_at(keep: float) -> list[Case]:
         Case("criticalkv, values as they are", {"class": "PlainValues", "press": _SNAP},
              {"policy": "criticalkv", **_VOTES}, keep),
     ]  # fmt: skip
+    if keep == 0.5:  # its pattern decides how much stays
+        found.append(
+            Case("duoattention", {"class": "GivenPattern", "head_compression_ratio": 0.5},
+                 {"policy": "duoattention", "gates": gates(), "sinks": 64, "recent": 256}, keep)
+        )  # fmt: skip
     return [Case(**{**vars(case), "name": f"{case.name} @{keep:.0%}"}) for case in found]
 
 

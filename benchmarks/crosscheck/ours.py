@@ -36,7 +36,7 @@ class Ours:
 
     def __init__(self, words: dict[str, Any], prompt: Prompt, budget: int) -> None:
         """`budget`: tokens kept per layer and KV head on average."""
-        policy = make_policy({**words, "budget": budget})
+        policy = make_policy(words if "gates" in words else {**words, "budget": budget})
         assert policy is not None
         self.policy: Policy = policy
         self.budget, self.prompt = budget, prompt
@@ -66,6 +66,9 @@ class Ours:
         """Tokens of each layer and KV head: int64 [L, H_kv]."""
         policy, (num_layers, num_kv_heads, tokens) = self.policy, self.prompt.shape
         bounds = {"low": max(1, policy.args.sinks + policy.recent), "high": tokens}
+        plan = policy.plan(tokens, 1) if policy.head_allocator.decides_layers else None
+        if plan and (fixed := policy.head_allocator.pages(plan, bounds["low"])) is not None:
+            return fixed
         shares = policy.layer_allocator.shares(num_layers, self.budget, tokens, self.statistics)
         layers = apportion(shares, self.budget * num_layers, **bounds)
         if not policy.head_allocator.needs_scores:

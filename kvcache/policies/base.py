@@ -11,17 +11,22 @@ from pydantic import Field, create_model
 from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, UniformLayers
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
-from kvcache.method import Arguments, Method
+from kvcache.method import Arguments, Method, ModelShape
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
+
+MOST_SINKS = 1024
+"""First tokens that can be kept for sure."""
 
 
 class PolicyArgs(Arguments):
     """Arguments that every compressing policy takes. Unknown fields are errors."""
 
     budget: Budget = Field(1024, validate_default=True)
-    sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
+    sinks: int = Field(
+        4, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay (attention sinks)."
+    )
 
 
 class Policy(Method):
@@ -88,6 +93,10 @@ class Policy(Method):
             found.append(QueryWindow(num_layers, self.query_window, prompt_len))
         return tuple(found)
 
+    def check_model(self, model: ModelShape | None) -> None:
+        self.layer_allocator.check_model(model)
+        self.head_allocator.check_model(model)
+
     def first_query(self, prompt_len: int) -> int:
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""
         return min([prompt_len - 1, *(observer.first for observer in self.observers(0, prompt_len))])
@@ -113,5 +122,5 @@ class Policy(Method):
             "query_aware": cls.query_aware,
             "layers": cls.layers.name,
             "heads": cls.heads.name,
-            "layer_lengths_differ": cls.layers.lengths_differ,
+            "layer_lengths_differ": cls.layers.lengths_differ or cls.heads.decides_layers,
         }

@@ -24,8 +24,9 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "adakv", "budget": 208},
     {"policy": "tova", "budget": 144},
     {"policy": "keydiff", "budget": 240, "layers": "zipvl", "heads": "adakv"},
+    {"policy": "duoattention", "gates": [[0.1, 0.9], [0.2, 0.3], [0.8, 0.7]], "sinks": 8, "recent": 100},
 ]
-NAMES = [f"{words['policy']}-{words['budget']}" for words in POLICIES]
+NAMES = [f"{words['policy']}-{words.get('budget', 'gates')}" for words in POLICIES]
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

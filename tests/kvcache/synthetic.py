@@ -14,7 +14,7 @@ from kvcache.compressor import Compact, CompactionReport, Compressor, Start
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
-from kvcache.registry import make_policy, policy_class
+from kvcache.registry import make_policy, policies, policy_class
 from kvcache.tables import PageTables
 
 PAGE = 16
@@ -22,6 +22,8 @@ HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
 WINDOW = 6
 SINKS = 3
+BUDGETED = sorted(name for name, policy in policies().items() if "budget" in policy.Args.model_fields)
+"""Policies that keep what a budget says; DuoAttention's gates say it instead."""
 
 
 def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:

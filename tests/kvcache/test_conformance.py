@@ -13,7 +13,7 @@ from kvcache.allocators.base import LayerAllocator
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.snapkv import SnapKV
-from kvcache.registry import HEADS, LAYERS, PARTS, policies
+from kvcache.registry import HEADS, LAYERS, PARTS
 from tests.kvcache.brute_force import (
     ada_counts,
     critical_scores,
@@ -27,11 +27,11 @@ from tests.kvcache.brute_force import (
     tova_votes,
     zigzag_tokens,
 )
-from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, Run, bits, compress, words
+from tests.kvcache.synthetic import BUDGETED, PAGE, SCALE, SINKS, WINDOW, PagedCache, Run, bits, compress, words
 
 BUDGET = 70
 NEW = 2 * PAGE + 5
-BY_HAND = sorted(set(policies()) - {"random"})
+BY_HAND = sorted(set(BUDGETED) - {"random"})
 
 
 @pytest.fixture(scope="module", params=[(9, 3), (4, 4), (8, 2)], ids=lambda heads: f"{heads[0]}q{heads[1]}kv")
@@ -45,7 +45,7 @@ def prompt_len(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module", params=sorted(policies()))
+@pytest.fixture(scope="module", params=BUDGETED)
 def policy(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -14,9 +14,20 @@ from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import HEADS, LAYERS, make_policy, policies
-from tests.kvcache.synthetic import PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
+from tests.kvcache.synthetic import (
+    BUDGETED,
+    PAGE,
+    SCALE,
+    SINKS,
+    WINDOW,
+    PagedCache,
+    bits,
+    compress,
+    positions_of,
+    words,
+)
 
-ALL = sorted(policies())
+ALL = BUDGETED
 QUERY_AWARE = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
 PROMPT, BUDGET = 150, 70
 

@@ -78,9 +78,9 @@ def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     for argv in ((), ("--help",), ("-h",)):
         outcome = run(*argv)
         assert outcome.code == 0
-        assert all(f"\n  {command}" in outcome.out for command in ("serve", "policies", "doctor"))
+        assert all(f"\n  {command}" in outcome.out for command in ("serve", "policies", "head-gates", "doctor"))
     assert run("--version").out.strip() == version("longreach")
-    fails(run("server"), "unknown command 'server'", "serve, policies, doctor")
+    fails(run("server"), "unknown command 'server'", "serve, policies, head-gates, doctor")
 
 
 def test_a_named_model_is_served_as_asked(run: Run, tmp_path: Path) -> None:
