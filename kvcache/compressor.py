@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from kvcache.allocation import apportion
-from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.evidence import HISTORY, POSITIONS, PagedEvidence, QuantScales
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.pages import PageCodec, PageGeometry
@@ -36,31 +37,51 @@ class Start:
 
 @dataclass(frozen=True)
 class Compact:
-    """A request's prompt is done: compact its full blocks into the target blocks.
+    """A request has reached a boundary of its plan: compact what it holds.
 
-    `source_blocks` are all blocks of the prompt, the partly filled last one too: its keys are evidence.
+    At the first, `source_blocks` are all blocks of the prompt, the partly filled last one too (its keys are evidence),
+    and `target_blocks` are where the kept tokens go. Later, the sources are the full blocks appended since, and what is
+    kept stays in the same target blocks.
     """
 
     request_id: str
     source_blocks: list[int]
     target_blocks: list[int]
+    boundary: int
 
 
 @dataclass(frozen=True)
 class CompactionReport:
-    """What a compaction did. `layer_tokens`: tokens kept per KV head by each layer, the tail included."""
+    """What a compaction did.
+
+    Attributes:
+        boundary: computed tokens of the request.
+        layer_tokens: tokens that each layer has kept per KV head, the tail included.
+        tokens_seen: tokens per KV head before it, mean over layers.
+        blocks_freed: blocks that the request holds less.
+        nan_scores: scores that could not be computed.
+        seconds: of the device's time.
+    """
 
     request_id: str
+    boundary: int
     layer_tokens: list[float]
+    tokens_seen: float
+    blocks_freed: int
     nan_scores: int
     seconds: float
+
+    @property
+    def tokens_kept(self) -> float:
+        """Mean over layers."""
+        return sum(self.layer_tokens) / len(self.layer_tokens)
 
 
 class PendingReport:
     """A compaction whose work may still be running on a GPU."""
 
-    def __init__(self, request_id: str, layer_tokens: list[float], nan_scores: torch.Tensor, watch: Stopwatch) -> None:
-        self._request_id, self._layer_tokens, self._watch = request_id, layer_tokens, watch
+    def __init__(self, report: CompactionReport, nan_scores: torch.Tensor, watch: Stopwatch) -> None:
+        self._report, self._watch = report, watch
         # Copied now, in order with the work itself: reading it later would wait for all that is queued by then.
         self._nan_scores = torch.empty_like(nan_scores, device="cpu", pin_memory=nan_scores.is_cuda)
         self._nan_scores.copy_(nan_scores, non_blocking=True)
@@ -69,23 +90,40 @@ class PendingReport:
     def finish(self) -> CompactionReport:
         """Wait for the work and tell what it did."""
         seconds = self._watch.seconds()
-        return CompactionReport(self._request_id, self._layer_tokens, int(self._nan_scores), seconds)
+        return replace(self._report, nan_scores=int(self._nan_scores), seconds=seconds)
 
 
 @dataclass
 class _Request:
+    """What stays the same, and what the last compaction left: `counts` int64 [num_layers, num_kv_heads] pages, on the
+    CPU; `positions` and `history` [num_layers, num_kv_heads, most], of the kept tokens, a row's own first."""
+
     policy: Policy
     plan: RetentionPlan
     observers: tuple[Observer, ...]
     slot: int | None = None
-    kept: list[list[torch.Tensor]] = field(default_factory=list)
+    boundary: int = 0
+    counts: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    history: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is compacted: `pages` int64 [num_layers, num_kv_heads, width]; by layer, how many `tokens` they hold, and
+    how many of them, the first, compete for their places: not the tail of a prompt."""
+
+    pages: torch.Tensor
+    tokens: list[int]
+    competing: list[int]
 
 
 class Compressor:
     """Holds what a worker knows of each request that has a policy.
 
-    `start` -> `record` for each chunk and layer while the prompt runs -> `compact` between two steps -> `slot` for
-    every later step -> `finish`. `start` on a known request forgets what was known: that is preemption.
+    `start` -> its observers' `record` for each chunk and layer while the prompt runs -> `compact` between two steps ->
+    `slot` for every later step -> (`record` and `compact` again, with an interval) -> `finish`. `start` on a known
+    request forgets what was known: that is preemption.
     """
 
     def __init__(
@@ -134,13 +172,17 @@ class Compressor:
         return request.observers if request else ()
 
     def evidence(
-        self, layer: int, blocks: torch.Tensor, length: int, observed: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self,
+        layer: int,
+        page_table: torch.Tensor,
+        length: int,
+        observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> PagedEvidence:
-        """What the cache has of one layer's first `length` tokens; `blocks`: int64, on the cache's device."""
+        """What the cache has of one layer's first `length` tokens; page_table: int64 [num_kv_heads, n]."""
         return PagedEvidence(
             layer,
             self.pages,
-            blocks,
+            page_table,
             self.geometry,
             self.codec,
             prompt_len=length,
@@ -156,65 +198,153 @@ class Compressor:
         return request.slot if request else None
 
     def kept_positions(self, request_id: str) -> list[list[torch.Tensor]]:
-        """Kept prompt positions below the tail, ascending, by layer and KV head (only with `keep_positions`)."""
-        return self.requests[request_id].kept
+        """Kept positions up to the last boundary, less the prompt's tail, ascending, by layer and KV head.
+
+        Only with `keep_positions` or for requests with an interval; empty before the first compaction.
+        """
+        request = self.requests[request_id]
+        if request.positions is None or request.counts is None:
+            return []
+        lengths = (request.counts * request.plan.page_size).tolist()
+        return [
+            [row[:length] for row, length in zip(heads, layer, strict=True)]
+            for heads, layer in zip(request.positions, lengths, strict=True)
+        ]
 
     def compact(self, order: Compact) -> PendingReport:
-        """Score, allocate, select and copy, all layers; the source blocks are only read.
+        """Score, allocate, select and copy, all layers; blocks that may be shared are only read.
 
         The GPU is waited for only by allocators that share by the prompt's attention or scores.
 
         Raises:
-            RuntimeError: when queries of the window are missing or the orders don't fit the plan: a bug, never a
-                request's fault.
+            RuntimeError: when an observer has missed queries or the orders don't fit the plan: a bug, never a request's
+                fault.
         """
         watch = Stopwatch(self.pages.device)
         request, g = self.requests[order.request_id], self.geometry
         plan, policy = request.plan, request.policy
-        if request.slot is not None:
-            raise RuntimeError(f"request {order.request_id} is compacted already")
         for observer in request.observers:
             if observer.missing:
                 raise RuntimeError(f"{observer.missing} {observer.name} of request {order.request_id} were not seen")
-        prompt_blocks = plan.full_pages + (plan.tail > 0)
-        if len(order.source_blocks) != prompt_blocks or len(order.target_blocks) != plan.kept_pages:
-            raise RuntimeError(f"the blocks of request {order.request_id} don't fit its plan {plan}")
         blocks = to_device(torch.tensor(order.source_blocks + order.target_blocks), self.pages.device)
-        source, target = blocks[:prompt_blocks], blocks[prompt_blocks:]
-
-        scores, statistics = self._scores(request, source)
+        targets = blocks[len(order.source_blocks) :]
+        source = self._source(request, order, blocks[: len(order.source_blocks)])
+        scores, statistics, memory = self._scores(request, source)
         nan_scores = scores.isnan().sum()
-        counts = self._page_counts(policy, plan, scores, statistics)
-        slot = self.tables.take(counts, target, plan.full_pages)
+        first = request.slot is None
+        if request.slot is None:
+            request.counts = self._page_counts(policy, plan, scores, statistics)
+            request.slot = self.tables.take(request.counts, targets, plan.full_pages)
+        else:
+            self.tables.advance(request.slot, order.boundary // plan.page_size)
+        assert request.counts is not None
+        kept = []
         together = max(1, _MAX_SCORES // scores[0].numel())
         for layers in torch.arange(g.num_layers).split(together):
-            first, last = int(layers[0]), int(layers[-1]) + 1
-            part = force(scores[first:last], policy.args.sinks, max(0, policy.recent - plan.tail))
-            part_counts = (counts[first:last] * plan.page_size).flatten()
-            positions = keep_top(part.flatten(0, 1), part_counts)
-            self._copy(slot, first, part_counts, positions, source)
-            if self.keep_positions:
-                rows = [row[:count] for row, count in zip(positions, part_counts.tolist(), strict=True)]
-                request.kept += [rows[i : i + g.num_kv_heads] for i in range(0, len(rows), g.num_kv_heads)]
-        request.slot, request.observers = slot, ()
-        tokens = (counts.double().mean(1) * plan.page_size + plan.tail).tolist()
-        return PendingReport(order.request_id, tokens, nan_scores, watch)
+            begin, end = int(layers[0]), int(layers[-1]) + 1
+            part_counts = (request.counts[begin:end] * plan.page_size).flatten()
+            chosen = keep_top(self._forced(request, scores, source, begin, end).flatten(0, 1), part_counts)
+            self._copy(request.slot, begin, part_counts, chosen, source.pages)
+            kept.append(chosen.unflatten(0, (-1, g.num_kv_heads)))
+        if plan.interval or self.keep_positions:
+            self._remember(request, kept, memory)
+        tail = plan.tail if first else 0
+        report = CompactionReport(
+            order.request_id,
+            order.boundary,
+            layer_tokens=(request.counts.double().mean(1) * plan.page_size + tail).tolist(),
+            tokens_seen=sum(source.tokens) / len(source.tokens),
+            blocks_freed=plan.freed_blocks if first else len(order.source_blocks),
+            nan_scores=0,
+            seconds=0.0,
+        )
+        request.boundary = order.boundary
+        following = plan.next_boundary(order.boundary)
+        request.observers = policy.answer_observers(g.num_layers, following) if following else ()
+        return PendingReport(report, nan_scores, watch)
 
-    def _scores(self, request: _Request, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the policy says of each token below the tail: float32 [num_layers, num_kv_heads, n]; and of each layer:
-        float64 [num_layers], on the CPU, if its allocator asks for that."""
-        g, plan = self.geometry, request.plan
-        request.kept = []
-        below_tail = plan.full_pages * plan.page_size
-        scores = torch.empty(g.num_layers, g.num_kv_heads, below_tail, device=self.pages.device)
-        allocator, statistics = request.policy.layer_allocator, []
-        for layer in range(g.num_layers):
+    def _source(self, request: _Request, order: Compact, blocks: torch.Tensor) -> _Source:
+        """Check that an order fits the plan, and find what it is about.
+
+        Raises:
+            RuntimeError: it doesn't fit.
+        """
+        plan, layers = request.plan, self.geometry.num_layers
+        fits = order.boundary == plan.next_boundary(request.boundary)
+        if request.slot is None:
+            fits &= blocks.numel() == plan.full_pages + (plan.tail > 0) and len(order.target_blocks) == plan.kept_pages
+        else:
+            since = order.boundary // plan.page_size - request.boundary // plan.page_size
+            fits &= blocks.numel() == since and not order.target_blocks
+        if not fits:
+            raise RuntimeError(f"{order} doesn't fit the request's plan {plan}, last compacted at {request.boundary}")
+        if request.slot is None:
+            pages = self.tables.prompt_pages(blocks)
+            return _Source(pages, [plan.prompt_len] * layers, [plan.full_pages * plan.page_size] * layers)
+        assert request.counts is not None  # heads are equal: requests whose heads differ have no second compaction
+        held = [(count + blocks.numel()) * plan.page_size for count in request.counts[:, 0].tolist()]
+        return _Source(self.tables.answer_pages(request.slot, request.counts, blocks), held, held)
+
+    def _scores(
+        self, request: _Request, source: _Source
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the policy says of each competing token, float32 [num_layers, num_kv_heads, most]; of each layer, if its
+        allocator asks for that, float64 [num_layers], on the CPU; and what it wants to remember of each token."""
+        g, policy, most = self.geometry, request.policy, max(source.competing)
+        scores = torch.full((g.num_layers, g.num_kv_heads, most), float("-inf"), device=self.pages.device)
+        memory, statistics = None, []
+        for layer, (tokens, competing) in enumerate(zip(source.tokens, source.competing, strict=True)):
             observed = {observer.name: observer.found(layer) for observer in request.observers}
-            evidence = self.evidence(layer, source, plan.prompt_len, observed)
-            scores[layer] = request.policy.scores(evidence)[:, :below_tail]
-            if (statistic := allocator.statistic(evidence)) is not None:
+            if request.slot is not None:
+                observed |= self._past(request, layer, tokens)
+            pages = source.pages[layer, :, : -(-tokens // g.page_size)]
+            evidence = self.evidence(layer, pages, tokens, observed)
+            scores[layer, :, :competing] = policy.scores(evidence)[:, :competing]
+            if request.slot is None and (statistic := policy.layer_allocator.statistic(evidence)) is not None:
                 statistics.append(statistic)
-        return scores, torch.stack(statistics).double().cpu() if statistics else None
+            if request.plan.interval and (carried := policy.carry(evidence)) is not None:
+                memory = scores.new_zeros(scores.shape) if memory is None else memory
+                memory[layer, :, :competing] = carried[:, :competing]
+        return scores, torch.stack(statistics).double().cpu() if statistics else None, memory
+
+    def _past(self, request: _Request, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Where a layer's tokens stood, and what was remembered of them."""
+        assert request.counts is not None and request.positions is not None
+        kept = int(request.counts[layer, 0]) * request.plan.page_size
+        end = request.boundary // request.plan.page_size * request.plan.page_size + tokens - kept
+        since = torch.arange(end - (tokens - kept), end, device=self.pages.device)
+        heads = self.geometry.num_kv_heads
+        past = {POSITIONS: torch.cat([request.positions[layer, :, :kept], since.expand(heads, -1)], -1)}
+        if request.history is not None:
+            history = request.history[layer, :, :kept]
+            past[HISTORY] = F.pad(history, (0, tokens - kept), value=float("nan"))
+        return past
+
+    def _forced(self, request: _Request, scores: torch.Tensor, source: _Source, begin: int, end: int) -> torch.Tensor:
+        """Scores of some layers with those of tokens that always stay at infinity."""
+        plan, policy = request.plan, request.policy
+        recent = max(0, policy.recent - (source.tokens[0] - source.competing[0]))
+        if len(set(source.competing[begin:end])) == 1:
+            competing = source.competing[begin]
+            forced = force(scores[begin:end, :, :competing], plan.pinned, recent)
+            return F.pad(forced, (0, scores.shape[-1] - competing), value=float("-inf"))
+        return torch.cat([self._forced(request, scores, source, i, i + 1) for i in range(begin, end)])
+
+    def _remember(self, request: _Request, kept: list[torch.Tensor], memory: torch.Tensor | None) -> None:
+        """Note of the kept tokens where they stood, and what the policy wants to know of them next time."""
+        plan = request.plan
+        assert request.counts is not None
+        most = max(part.shape[-1] for part in kept)
+        chosen = torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in kept])
+        if memory is not None:
+            request.history = memory.gather(-1, chosen.clamp(max=memory.shape[-1] - 1))
+        if request.boundary:  # they were numbered by place, kept ones first
+            before = (request.counts * plan.page_size).to(chosen.device)[..., None]
+            assert request.positions is not None
+            old = request.positions.gather(-1, chosen.clamp(max=request.positions.shape[-1] - 1))
+            first = request.boundary // plan.page_size * plan.page_size
+            chosen = torch.where(chosen < before, old, first + chosen - before)
+        request.positions = chosen
 
     def _copy(
         self,
@@ -229,8 +359,8 @@ class Compressor:
         Args:
             first_layer: the first of these layers.
             part_counts: int64 [rows], tokens of these layers' heads; a row is one (layer, head).
-            positions: int64 [rows, most], kept positions.
-            source: int64, the prompt's blocks.
+            positions: int64 [rows, most], kept places.
+            source: int64 [num_layers, num_kv_heads, width], all layers' pages before it.
         """
         g, device, size = self.geometry, self.pages.device, self.geometry.page_size
         row = torch.arange(len(positions), device=device)
@@ -238,8 +368,7 @@ class Compressor:
         row = row.repeat_interleave(tokens, output_size=int(part_counts.sum()))
         rank = torch.arange(len(row), device=device) - (tokens.cumsum(0) - tokens)[row]
         position, at = positions[row, rank], row + first_layer * g.num_kv_heads
-        page = self.tables.layer_base[at // g.num_kv_heads] + at % g.num_kv_heads
-        page = page + source[position // size] * g.block_stride
+        page = source.flatten(0, 1)[at, position // size]
         kept = self.tables.pool_pages(slot, self.tables.starts[slot].flatten()[at] + rank // size)
         self.codec.copy_tokens(self.pages, page * size + position % size, kept * size + rank % size)
 
@@ -253,14 +382,14 @@ class Compressor:
             statistics: float64 [num_layers], for allocators that share by the prompt.
         """
         g, heads = self.geometry, policy.head_allocator
-        bounds = {"low": plan.min_pages(policy.args.sinks, policy.recent), "high": plan.full_pages}
+        bounds = {"low": plan.min_pages(policy.recent), "high": plan.full_pages}
         if (fixed := heads.pages(plan, bounds["low"])) is not None:
             return fixed
         shares = policy.layer_allocator.shares(g.num_layers, plan.kept_tokens, plan.prompt_len, statistics)
         pages = apportion((shares - plan.tail) / plan.page_size, plan.kept_pages * g.num_layers, **bounds)
         if not heads.needs_scores:
             return pages[:, None].expand(-1, g.num_kv_heads).contiguous()
-        forced = [policy.args.sinks, max(0, policy.recent - plan.tail)]
+        forced = [plan.pinned, max(0, policy.recent - plan.tail)]
         wishes = torch.stack(
             [
                 heads.shares(force(layer, *forced), int(n) * plan.page_size)

@@ -36,8 +36,13 @@ class QuantScales:
     value: float = 1.0
 
 
+POSITIONS, HISTORY = "positions", "history"
+"""Names in `LayerEvidence.observed` that no observer has."""
+
+
 class LayerEvidence:
-    """What one layer of one request knows when its prompt is done.
+    """What one layer of one request knows when its prompt is done, or an interval of its answer ("prompt" then means
+    the tokens that were kept, and those that came since).
 
     Attributes:
         layer: index of the layer.
@@ -81,6 +86,20 @@ class LayerEvidence:
     def device(self) -> torch.device:
         return self.keys.device
 
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Where each token stood: int64 [num_kv_heads, n], ascending; without gaps in a prompt."""
+        if POSITIONS in self.observed:
+            return self.observed[POSITIONS]
+        num_kv_heads, n, _ = self.shape
+        return torch.arange(n, device=self.device).expand(num_kv_heads, n)
+
+    @property
+    def history(self) -> torch.Tensor | None:
+        """What the policy's `carry` said at the last compaction: float32 [num_kv_heads, n], NaN for tokens that came
+        since; None at the first."""
+        return self.observed.get(HISTORY)
+
 
 class PagedEvidence(LayerEvidence):
     """Evidence that lies in pages: keys and values are read when a scorer asks for them, kernels read the pages."""
@@ -89,7 +108,7 @@ class PagedEvidence(LayerEvidence):
         self,
         layer: int,
         pages: torch.Tensor,
-        blocks: torch.Tensor,
+        page_table: torch.Tensor,
         geometry: PageGeometry,
         codec: PageCodec,
         *,
@@ -102,12 +121,12 @@ class PagedEvidence(LayerEvidence):
         """
         Args:
             pages: the whole cache, [num_pages, 2 * page_size * head_dim].
-            blocks: int64 [n], the prompt's blocks.
+            page_table: int64 [num_kv_heads, n], the layer's pages, in the order of their tokens.
             raw_queries: the window's queries of this layer as recorded, or None.
             quant: what raw queries, keys and values are multiplied with.
         """
         self.observed = observed
-        self.layer, self.pages, self.blocks, self.geometry, self.codec = layer, pages, blocks, geometry, codec
+        self.layer, self.pages, self.page_table, self.geometry, self.codec = layer, pages, page_table, geometry, codec
         self.raw_queries, self.scale, self.quant = raw_queries, scale, quant
         self._prompt_len = prompt_len
 
@@ -132,7 +151,7 @@ class PagedEvidence(LayerEvidence):
         return self.pages.device
 
     def _read(self, part: int, factor: float) -> torch.Tensor:
-        content = self.codec.unpack(self.pages[self.geometry.pages_of(self.layer, self.blocks)])[part]
+        content = self.codec.unpack(self.pages[self.page_table])[part]
         return dequantise(content.flatten(1, 2)[:, : self._prompt_len], factor)
 
 

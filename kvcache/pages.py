@@ -47,7 +47,7 @@ class PageCodec(Protocol):
         """The inverse of `unpack`."""
 
     def copy_tokens(self, pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy keys and values of single tokens, bits unchanged; no target may be a source.
+        """Copy keys and values of single tokens, bits unchanged; all are read before any is written.
 
         Args:
             pages: the whole cache, [num_pages, 2 * page_size * head_dim].

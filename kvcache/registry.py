@@ -79,9 +79,17 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
         return None
     policy = policy_class(words)
     try:
-        return policy(policy.Args.model_validate({k: v for k, v in words.items() if k not in ("policy", *PARTS)}))
+        made = policy(policy.Args.model_validate({k: v for k, v in words.items() if k not in ("policy", *PARTS)}))
     except ValidationError as error:
         raise _explain(policy, error) from None
+    if interval := getattr(made.args, "interval", 0):
+        if not policy.repeats():
+            why = "its heads differ in length" if policy.heads is not EqualHeads else "what it needs is of prompts only"
+            raise PolicyError("kv_cache.interval", f"{policy.name} can't compact answers: {why}.", "0")
+        if interval < made.least_interval:
+            problem = f"{interval} tokens are fewer than {policy.name} watches of each interval."
+            raise PolicyError("kv_cache.interval", problem, f"0 or >= {made.least_interval}")
+    return made
 
 
 def policy_class(words: dict[str, Any]) -> type[Policy]:

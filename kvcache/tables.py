@@ -83,6 +83,34 @@ class PageTables:
         self.starts[slot] = to_device(starts.view_as(counts).int(), device)
         return slot
 
+    def prompt_pages(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Pages of whole blocks, in their order: int64 [n] -> int64 [num_layers, num_kv_heads, n]."""
+        heads = torch.arange(self.geometry.num_kv_heads, device=blocks.device)[:, None]
+        return self.layer_base[:, None, None] + heads + blocks * self.geometry.block_stride
+
+    def answer_pages(self, slot: int, counts: torch.Tensor, appended: torch.Tensor) -> torch.Tensor:
+        """Pages of a request in the order of their tokens, those of appended blocks behind the compacted ones.
+
+        Args:
+            counts: int64 [num_layers, num_kv_heads], on the CPU: the request's.
+            appended: int64 [n], on the tables' device: blocks from `first_block` on.
+
+        Returns:
+            int64 [num_layers, num_kv_heads, width]; what is behind a row's pages is any page.
+        """
+        g, device = self.geometry, self.blocks.device
+        column = torch.arange(int(counts.max()) + appended.numel(), device=device)
+        count = self.counts[slot].long()[..., None]
+        pool = int(counts.sum()) - 1
+        kept = self.pool_pages(slot, (self.starts[slot].long()[..., None] + column).clamp(max=pool))
+        later = appended[(column - count).clamp(0, appended.numel() - 1)] * g.block_stride
+        heads = torch.arange(g.num_kv_heads, device=device)[:, None]
+        return torch.where(column < count, kept, self.layer_base[:, None, None] + heads + later)
+
+    def advance(self, slot: int, first_block: int) -> None:
+        """From now on this is the logical number of the first block that isn't compacted."""
+        self.first_block[slot] = first_block
+
     def release(self, slot: int) -> None:
         self._free.append(slot)
 

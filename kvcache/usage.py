@@ -18,12 +18,12 @@ class CompressionTotals:
 
     by_policy: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, policy: str, plan: RetentionPlan, report: CompactionReport) -> None:
+    def add(self, policy: str, report: CompactionReport) -> None:
         totals = self.by_policy.setdefault(policy, dict.fromkeys(TOTALS, 0))
         totals["compactions"] += 1
-        totals["tokens_seen"] += plan.prompt_len
-        totals["tokens_kept"] += plan.kept_tokens
-        totals["blocks_freed"] += plan.freed_blocks
+        totals["tokens_seen"] += report.tokens_seen
+        totals["tokens_kept"] += report.tokens_kept
+        totals["blocks_freed"] += report.blocks_freed
         totals["nan_scores"] += report.nan_scores
         totals["seconds"] += report.seconds
 
@@ -39,17 +39,23 @@ def kv_cache_usage(
     """The field `usage.kv_cache` of an answer.
 
     `kept_tokens` are tokens per KV head by layer; `bytes_held` and `bytes_freed` are the prompt's KV cache after
-    and by compaction, in whole blocks of `block_bytes`. A request that ended before its second token was never
-    compacted, and a budget at or above the prompt drops nothing: both keep all.
+    and by compaction, in whole blocks of `block_bytes`; the prompt's suffix counts as kept. A request that ended before
+    its second token was never compacted, and a budget at or above the prompt drops nothing: both keep all. Where the
+    answer was compacted too, `compacted_tokens` (prompt and answer up to there) takes the prompt's place.
+
+    Args:
+        report: of the last compaction.
     """
-    blocks = -(-prompt_len // page_size)
-    freed = plan.freed_blocks if plan and report else 0
-    layers = report.layer_tokens if report else [float(prompt_len)]
+    seen = max(prompt_len, report.boundary) if report else prompt_len
+    blocks = -(-seen // page_size)
+    freed = report.boundary // page_size - plan.kept_pages if plan and report else 0
+    layers = [tokens + seen - report.boundary for tokens in report.layer_tokens] if report else [float(prompt_len)]
     # Whole tables, such as head gates, would be most of the answer; whoever gave them has them.
     told = {name: value for name, value in words.items() if not isinstance(value, list)}
     return {
         **told,
         "prompt_tokens": prompt_len,
+        **({"compacted_tokens": seen} if seen > prompt_len else {}),
         "kept_tokens": {"mean": sum(layers) / len(layers), "min": min(layers), "max": max(layers)},
         "bytes_held": (blocks - freed) * block_bytes,
         "bytes_freed": freed * block_bytes,

@@ -39,6 +39,15 @@ def _attention(
 AttentionInterface.register("longreach_reference", _attention)
 
 
+def _mask(kept: list[torch.Tensor], length: int, tail_from: int) -> torch.Tensor:
+    """bool [num_kv_heads, length], whether a column is seen: kept ones, and all from `tail_from` on."""
+    mask = torch.zeros(len(kept), length, dtype=torch.bool)
+    for row, positions in zip(mask, kept, strict=True):
+        row[positions] = True
+    mask[:, tail_from:] = True
+    return mask
+
+
 class Reference:
     """A causal LM in float32 whose decoding sees only kept prompt columns."""
 
@@ -46,6 +55,33 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="longreach_reference"
         ).eval()
+
+    @torch.inference_mode()
+    def greedy_compacted(
+        self, prompt: list[int], max_tokens: int, compactions: list[tuple[int, list[list[torch.Tensor]]]], page: int
+    ) -> list[int]:
+        """Greedy tokens where columns are dropped again and again.
+
+        Args:
+            prompt: token ids.
+            compactions: (boundary, kept positions by layer and KV head): tokens from the boundary on see these, and what
+                stands in pages that weren't full there or came later.
+            page: tokens of a page.
+        """
+        global _masks
+        _masks, cache, known, done = None, None, list(prompt), 0
+        boundaries = [boundary for boundary, _ in compactions]
+        while len(known) < len(prompt) + max_tokens:
+            for boundary, kept in compactions:
+                if boundary == done:
+                    _masks = [_mask(heads, boundary, boundary // page * page) for heads in kept]
+            stop = min([len(known), *(boundary for boundary in boundaries if boundary > done)])
+            output = self.model(torch.tensor([known[done:stop]]), past_key_values=cache, use_cache=True)
+            cache, done = output.past_key_values, stop
+            if done == len(known):
+                known.append(int(output.logits[0, -1].argmax()))
+        _masks = None
+        return known[len(prompt) :]
 
     @torch.inference_mode()
     def greedy(
@@ -64,13 +100,7 @@ class Reference:
         logits = [output.logits[0, -1]]
         tokens = [int(logits[0].argmax())]
         if kept is not None:
-            _masks = []
-            for heads in kept:
-                mask = torch.zeros(len(heads), len(prompt), dtype=torch.bool)
-                for row, positions in zip(mask, heads, strict=True):
-                    row[positions] = True
-                mask[:, tail_from:] = True
-                _masks.append(mask)
+            _masks = [_mask(heads, len(prompt), tail_from) for heads in kept]
         while len(tokens) < max_tokens:
             output = self.model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
             logits.append(output.logits[0, -1])

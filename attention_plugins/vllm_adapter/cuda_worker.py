@@ -100,7 +100,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         evidence = PagedEvidence(
             0,
             compressor.pages,
-            torch.zeros(1, dtype=torch.int64, device=self.device),
+            torch.zeros(geometry.num_kv_heads, 1, dtype=torch.int64, device=self.device),
             geometry,
             compressor.codec,
             prompt_len=geometry.page_size,

@@ -53,7 +53,7 @@ class CompressionRuntime:
     Attributes:
         in_step: between `begin_step` and `end_step`; outside (profiling, warm-up) every row is dense.
         kind: which rows the step's batch has.
-        recording: whether a scheduled prompt's queries may have to be kept in this step.
+        recording: whether an observer wants queries of this step.
         graph: the kind of the FULL graph that this step replays or that is being captured; None without one.
     """
 
@@ -81,12 +81,23 @@ class CompressionRuntime:
             self._reports += [self.compressor.compact(order) for order in orders.compact]
         if self.compressor.requests:
             scheduled = scheduler_output.num_scheduled_tokens
-            known = [request for name in scheduled if (request := self.compressor.requests.get(name))]
-            compacted = sum(request.slot is not None for request in known)
-            self.recording = any(request.observers for request in known)
+            compacted = sum(self.compressor.slot(name) is not None for name in scheduled)
+            self.recording = self._records(scheduler_output)
             if compacted:
                 self.kind = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
         self.in_step = True
+
+    def _records(self, scheduler_output: Any) -> bool:
+        """Whether an observer wants queries of this step."""
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        computed |= {request.req_id: request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs}
+        for name, tokens in scheduler_output.num_scheduled_tokens.items():
+            for observer in self.compressor.observers(name):
+                begin, end = observer.overlap(computed[name], computed[name] + tokens)
+                if begin < end:
+                    return True
+        return False
 
     def end_step(self) -> None:
         self.in_step = False
@@ -127,7 +138,8 @@ class CompressionRuntime:
 
         @cache
         def evidence(layer: int) -> LayerEvidence:
-            return self.compressor.evidence(layer, common.block_table_tensor[row, :blocks].long(), length)
+            pages = self.compressor.geometry.pages_of(layer, common.block_table_tensor[row, :blocks].long())
+            return self.compressor.evidence(layer, pages, length)
 
         return evidence
 

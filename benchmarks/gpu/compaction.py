@@ -63,7 +63,7 @@ class Cache:
             for layer in range(self.layers):
                 observer.record(layer, observer.first, self.queries(observer.end - observer.first))
         source = -(-self.prompt // PAGE)
-        order = Compact("r", self.blocks[:source], self.blocks[source : source + plan.kept_pages])
+        order = Compact("r", self.blocks[:source], self.blocks[source : source + plan.kept_pages], self.prompt)
         torch.cuda.synchronize()
         began = time.perf_counter()
         pending = compressor.compact(order)
@@ -76,8 +76,8 @@ def check_votes(cache: Cache) -> None:
     compressor, window = cache.compressor(), cache.queries(32)
     blocks = torch.tensor(cache.blocks[: -(-cache.prompt // PAGE)], device="cuda")
     evidence = PagedEvidence(
-        3, cache.pages, blocks, cache.geometry, cache.codec, prompt_len=cache.prompt, raw_queries=window,
-        scale=compressor.scale, quant=compressor.quant[3],
+        3, cache.pages, cache.geometry.pages_of(3, blocks), cache.geometry, cache.codec, prompt_len=cache.prompt,
+        raw_queries=window, scale=compressor.scale, quant=compressor.quant[3],
     )  # fmt: skip
     options: dict[str, Any] = {"pooling": "max", "kernel": 21, "group_reduce": "mean"}
     ours = window_votes(evidence, **options)

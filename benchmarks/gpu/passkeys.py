@@ -42,7 +42,8 @@ class KeptCheck:
         if self.left > 0:
             for layer in range(self.compressor.geometry.num_layers):
                 observed = {observer.name: observer.found(layer) for observer in request.observers}
-                paged = self.compressor.evidence(layer, prompt_blocks, request.plan.prompt_len, observed)
+                pages = self.compressor.geometry.pages_of(layer, prompt_blocks)
+                paged = self.compressor.evidence(layer, pages, request.plan.prompt_len, observed)
                 window = paged.window_queries
                 parts = (paged.keys.cpu(), paged.values.cpu(), window.cpu() if window is not None else None)
                 evidence.append(LayerEvidence(layer, *parts, paged.scale))
@@ -50,7 +51,7 @@ class KeptCheck:
         if evidence:
             self.left -= 1
             self.prompts += 1
-            for on_cpu, kept in zip(evidence, request.kept, strict=True):
+            for on_cpu, kept in zip(evidence, self.compressor.kept_positions(order.request_id), strict=True):
                 self._compare(request, on_cpu, [head.cpu() for head in kept])
         return pending
 

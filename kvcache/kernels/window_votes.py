@@ -22,24 +22,24 @@ _MAX_SPLITS = 64
 
 @triton.jit
 def _load_keys(
-    pages, blocks, position, length, base, block_stride, head,
+    pages, table, position, length,
     PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
 ):  # fmt: skip
-    """Keys of these positions: [positions, DIM_2]; zeros behind `length`."""
+    """Keys of these positions: [positions, DIM_2]; zeros behind `length`. `table`: the head's pages, int64."""
     there = position < length
-    page = base + tl.load(blocks + position // PAGE, mask=there, other=0).to(tl.int64) * block_stride + head
+    page = tl.load(table + position // PAGE, mask=there, other=0)
     at = (page * PAGE + position % PAGE) * (2 * DIM)
     dim = tl.arange(0, DIM_2)
     return tl.load(pages + at[:, None] + dim, mask=there[:, None] & (dim < DIM), other=0.0)
 
 
 # Numbers that differ from request to request are no compile-time constants: a new one must not wait for a compiler.
-_VARYING = ["base", "length", "keys_each", "splits", "window", "n", "kernel"]
+_VARYING = ["width", "length", "keys_each", "splits", "window", "n", "kernel"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _denominators(
-    queries, pages, blocks, partial, base, block_stride, length, window, scale, splits, keys_each,
+    queries, pages, table, partial, width, length, window, scale, splits, keys_each,
     HEADS: tl.constexpr, GROUP: tl.constexpr,
     PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _denominators(
     first = split * keys_each
     for start in range(first, tl.minimum(first + keys_each, length), KEYS):
         position = start + tl.arange(0, KEYS)
-        k = _load_keys(pages, blocks, position, length, base, block_stride, head, PAGE, DIM, DIM_2)
+        k = _load_keys(pages, table + head * width, position, length, PAGE, DIM, DIM_2)
         logits = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
         seen = position[None, :] <= last[:, None]
         new = tl.maximum(most, tl.max(tl.where(seen, logits, -1e38), 1))
@@ -70,14 +70,14 @@ def _denominators(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _votes(
-    queries, pages, blocks, partial, votes, base, block_stride, length, window, scale, splits,
+    queries, pages, table, partial, votes, width, length, window, scale, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
     PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Mean over the window of the probabilities, for each query head and key before the window."""
     head = tl.program_id(0)
     position = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    k = _load_keys(pages, blocks, position, length, base, block_stride, head, PAGE, DIM, DIM_2)
+    k = _load_keys(pages, table + head * width, position, length, PAGE, DIM, DIM_2)
     dim, split = tl.arange(0, DIM_2), tl.arange(0, SPLITS)
     before = length - window
     for member in range(GROUP):
@@ -162,15 +162,16 @@ def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
     device = pages.device
     partial = torch.empty(num_heads * window * splits, device=device)
     votes = torch.empty(num_heads, before, device=device)
-    base, stride = g.layer_base[evidence.layer], g.block_stride
+    table = evidence.page_table
+    width = table.stride(0)
     scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
     shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": g.page_size, "DIM": dim, "DIM_2": dim_2}
     _denominators[(num_kv_heads, tiles, splits)](
-        queries, pages, evidence.blocks, partial, base, stride, length, window, scale, splits, keys_each,
+        queries, pages, table, partial, width, length, window, scale, splits, keys_each,
         ROWS=rows, KEYS=keys, **shape, num_warps=4,
     )  # fmt: skip
     _votes[(num_kv_heads, triton.cdiv(before, 128))](
-        queries, pages, evidence.blocks, partial, votes, base, stride, length, window, scale, splits,
+        queries, pages, table, partial, votes, width, length, window, scale, splits,
         SPLITS=_MAX_SPLITS, **shape,
         ROWS=32, KEYS=128, num_warps=4,
     )  # fmt: skip

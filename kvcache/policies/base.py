@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.method import Arguments, Method, ModelShape
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
-from kvcache.plan import RetentionPlan, minimum_budget, plan_retention
+from kvcache.plan import RetentionPlan, minimum_budget, plan_retention, whole_pages
 
 MOST_SINKS = 1024
 """First tokens that can be kept for sure."""
@@ -27,6 +28,10 @@ class PolicyArgs(Arguments):
     sinks: int = Field(
         4, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay (attention sinks)."
     )
+    suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
+    interval: int = Field(
+        0, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
+    )
 
 
 class Policy(Method):
@@ -34,7 +39,8 @@ class Policy(Method):
 
     A policy rates every prompt token per KV head (`scores`) and names the allocators that share its budget over
     layers (`layers`) and over a layer's heads (`heads`); a request may choose others. Sinks and the recent window are
-    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good.
+    forced after scoring, the highest scores fill the rest, and dropped tokens are dropped for good. With an `interval`
+    the same is done again and again while the answer grows, over the tokens that were kept and those that came since.
 
     Subclasses set the class attributes, may extend `Args`, and are registered in `kvcache.registry` or through the
     entry-point group `longreach.policies`. They never see pages, blocks or vLLM. `Args` and `evidence` take in those
@@ -55,6 +61,8 @@ class Policy(Method):
     """`evidence` without that of the allocators."""
     needs: ClassVar[frozenset[Evidence]] = frozenset()
     """All evidence that the scorer and the allocators need; `evidence` is the costliest."""
+    watches_answers: ClassVar[bool] = False
+    """Whether the policy has its own `answer_observers`, for evidence that is gathered from the answer too."""
     args: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,6 +105,21 @@ class Policy(Method):
         self.layer_allocator.check_model(model)
         self.head_allocator.check_model(model)
 
+    @classmethod
+    def repeats(cls) -> bool:
+        """Whether it can compact again while the answer grows: heads of equal length, evidence that can be had then."""
+        lasting = {Evidence.NONE, Evidence.KEYS, Evidence.WINDOW_QUERIES}
+        return cls.heads is EqualHeads and (cls.watches_answers or cls.needs <= lasting)
+
+    def answer_observers(self, num_layers: int, end: int) -> tuple[Observer, ...]:
+        """What watches the answer before it is compacted at token `end`; only asked where `repeats`."""
+        return (QueryWindow(num_layers, self.query_window, end),) if self.query_window else ()
+
+    @property
+    def least_interval(self) -> int:
+        """Smallest interval in tokens: what watches an answer starts anew after each compaction."""
+        return max((end - observer.first for end in [1 << 40] for observer in self.answer_observers(0, end)), default=1)
+
     def first_query(self, prompt_len: int) -> int:
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""
         return min([prompt_len - 1, *(observer.first for observer in self.observers(0, prompt_len))])
@@ -106,9 +129,25 @@ class Policy(Method):
         return minimum_budget(self.args.sinks, max(self.recent, self.query_window), page_size)
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
-        """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum."""
-        budget = max(self.args.budget.resolve(prompt_len), self.minimum_budget(page_size))
-        return plan_retention(prompt_len, budget, page_size)
+        """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum.
+
+        The suffix comes after the compaction: it reads what is left, as the answer does.
+        """
+        seen = prompt_len - self.args.suffix
+        budget = max(self.args.budget.resolve(max(seen, 1)), self.minimum_budget(page_size))
+        interval = whole_pages(self.args.interval, page_size)
+        if interval and seen <= budget:
+            # The answer has to grow first: until the budget and an interval are full.
+            seen = max(whole_pages(budget, page_size), whole_pages(prompt_len + 1, page_size)) + interval
+        plan = plan_retention(seen, budget, page_size) if seen > budget else None
+        return replace(plan, pinned=self.args.sinks, interval=interval) if plan else None
+
+    def carry(self, evidence: LayerEvidence) -> torch.Tensor | None:
+        """What to remember of each token until the next compaction: float32 [num_kv_heads, n], or None.
+
+        What was remembered comes back as `evidence.history`.
+        """
+        return None
 
     @abstractmethod
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
@@ -120,6 +159,7 @@ class Policy(Method):
         return {
             **super().describe(),
             "query_aware": cls.query_aware,
+            "repeats": cls.repeats(),
             "layers": cls.layers.name,
             "heads": cls.heads.name,
             "layer_lengths_differ": cls.layers.lengths_differ or cls.heads.decides_layers,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 
@@ -28,18 +30,20 @@ class DuoAttention(Policy):
 
     class Args(Arguments):
         sinks: int = Field(64, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay.")
+        suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
         recent: int = Field(256, ge=1, le=65536, description="Last tokens of the prompt that always stay.")
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
         """Whole pages of all heads, their mean rounded up; nothing is dropped without gates."""
         if not self.args.gates:
             return None
-        whole = RetentionPlan(prompt_len, page_size, prompt_len // page_size)
+        seen = max(0, prompt_len - self.args.suffix)
+        whole = RetentionPlan(seen, page_size, seen // page_size, pinned=self.args.sinks)
         streaming = streaming_heads(self.args.gates, self.args.sparsity)
-        least = min(whole.min_pages(self.args.sinks, self.recent), whole.full_pages)
+        least = min(whole.min_pages(self.recent), whole.full_pages)
         pages = int(torch.where(streaming, least, whole.full_pages).sum())
         kept = -(-pages // streaming.numel())
-        return RetentionPlan(prompt_len, page_size, kept) if kept < whole.full_pages else None
+        return replace(whole, kept_pages=kept) if kept < whole.full_pages else None
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         num_kv_heads, prompt_len, _ = evidence.shape

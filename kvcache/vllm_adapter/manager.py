@@ -32,30 +32,38 @@ class CompressibleAttentionManager(FullAttentionManager):
 
     The block list stays indexed by logical position, so vLLM's slot mapping, hashes and lengths hold unchanged.
     Target blocks are reserved together with the prompt's first blocks: a request that was admitted can always be
-    compacted. The prompt's full blocks are released, hashes intact, when the step that compacted them is done.
+    compacted. Where the answer has to grow first, they come with the step that compacts, and others may be preempted
+    for them. The full blocks that a compaction read are released, hashes intact, when its step is done.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, RetentionPlan] = {}
         self.target_blocks: dict[str, list[KVCacheBlock]] = {}
+        self.later: set[str] = set()
 
-    def set_plan(self, request_id: str, plan: RetentionPlan) -> None:
-        """From now on this request's prompt will be compacted. To be called before its first blocks are allocated."""
+    def set_plan(self, request_id: str, plan: RetentionPlan, prompt_len: int) -> None:
+        """From now on this request will be compacted. To be called before its first blocks are allocated."""
         self.plans[request_id] = plan
+        if plan.prompt_len > prompt_len:
+            self.later.add(request_id)
 
     def drop_plan(self, request_id: str) -> None:
         self.plans.pop(request_id, None)
+        self.later.discard(request_id)
 
-    def _missing_targets(self, request_id: str) -> int:
+    def _missing_targets(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
-        return plan.kept_pages if plan and request_id not in self.target_blocks else 0
+        if plan is None or request_id in self.target_blocks:
+            return 0
+        return 0 if request_id in self.later and num_tokens <= plan.prompt_len else plan.kept_pages
 
-    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
-        return super().get_num_blocks_to_allocate(request_id, *args, **kwargs) + self._missing_targets(request_id)
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        return blocks + self._missing_targets(request_id, num_tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        if missing := self._missing_targets(request_id):
+        if missing := self._missing_targets(request_id, num_tokens):
             self.target_blocks[request_id] = self.block_pool.get_new_blocks(missing)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
@@ -75,15 +83,15 @@ class CompressibleAttentionManager(FullAttentionManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Release the prompt's full blocks once a token after the prompt has been processed.
+        """Release the full blocks below a boundary once a token behind it has been processed.
 
         `processed_computed_tokens` leaves out steps in flight, so the compaction, which runs at the start of the
         step that computes the first such token, has been executed.
         """
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
-        plan = self.plans.get(request_id)
-        if plan and processed_computed_tokens > plan.prompt_len:
-            self._remove_blocks_in_range(request_id, 0, plan.full_pages)
+        if plan := self.plans.get(request_id):
+            boundary = plan.last_boundary(processed_computed_tokens - 1)
+            self._remove_blocks_in_range(request_id, 0, boundary // plan.page_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         return super().pop_blocks_for_free(request_id) + self.target_blocks.pop(request_id, [])

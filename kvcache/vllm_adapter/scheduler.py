@@ -30,7 +30,7 @@ class _Compression:
 
     policy: Policy | None
     plan: RetentionPlan | None
-    compacted: bool = False
+    boundary: int = 0
     report: CompactionReport | None = None
 
 
@@ -66,9 +66,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         # Streaming-input sessions extend their prompt later, so it has no end to compact at.
         if policy and not request.resumable:
             plan = policy.plan(request.num_prompt_tokens, self.kv_blocks.block_size)
+            if plan and request.num_prompt_tokens + request.max_tokens <= plan.prompt_len:
+                plan = None  # the answer can't grow as far
         self.compressions[request.request_id] = _Compression(policy, plan)
         if plan:
-            self.kv_blocks.set_plan(request.request_id, plan)
+            self.kv_blocks.set_plan(request.request_id, plan, request.num_prompt_tokens)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """A hit must leave to be computed what observers watch: queries are cached nowhere."""
@@ -82,12 +84,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         return blocks, num_tokens, boundary, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """A request that replays its answer after preemption stops at the prompt's end, to be compacted there."""
+        """A prompt with a suffix, or one that replays its answer after preemption, stops where it is compacted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.compressions[request.request_id].plan
-        if plan and num_computed_tokens < plan.prompt_len:
-            num_new_tokens = min(num_new_tokens, plan.prompt_len - num_computed_tokens)
-        return num_new_tokens
+        boundary = plan.next_boundary(num_computed_tokens) if plan else None
+        return min(num_new_tokens, boundary - num_computed_tokens) if boundary else num_new_tokens
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -99,31 +100,32 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             if compression.plan is None:
                 continue
             if request_id in starting:
-                compression.compacted = False
+                compression.boundary = 0
                 orders.start.append(Start(request_id, policy_words(compression.policy), compression.plan))
             # `schedule` has already advanced the count of computed tokens by this step's.
             computed = self.requests[request_id].num_computed_tokens - num_scheduled
-            if computed >= compression.plan.prompt_len and not compression.compacted:
-                compression.compacted = True
-                orders.compact.append(self._compact(request_id, compression.plan))
+            boundary = compression.plan.last_boundary(computed)
+            if boundary > compression.boundary:
+                orders.compact.append(self._compact(request_id, compression, boundary))
+                compression.boundary = boundary
         if orders.start or orders.compact:
             attach_orders(output, orders)
         return output
 
-    def _compact(self, request_id: str, plan: RetentionPlan) -> Compact:
-        prompt_blocks = self.kv_blocks.req_to_blocks[request_id][: -(-plan.prompt_len // plan.page_size)]
-        return Compact(
-            request_id,
-            [block.block_id for block in prompt_blocks],
-            [block.block_id for block in self.kv_blocks.target_blocks[request_id]],
-        )
+    def _compact(self, request_id: str, compression: _Compression, boundary: int) -> Compact:
+        page_size = self.kv_blocks.block_size
+        blocks = self.kv_blocks.req_to_blocks[request_id]
+        blocks = blocks[compression.boundary // page_size : -(-boundary // page_size)]
+        targets = [] if compression.boundary else self.kv_blocks.target_blocks[request_id]
+        ids = [block.block_id for block in blocks], [block.block_id for block in targets]
+        return Compact(request_id, *ids, boundary)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         for report in reports_of(model_runner_output):
             compression = self.compressions.get(report.request_id)
             if compression and compression.plan and compression.policy:  # not aborted meanwhile
                 compression.report = report
-                self.compression_totals.add(compression.policy.name, compression.plan, report)
+                self.compression_totals.add(compression.policy.name, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         # Stop strings are found by the API process: such a request is then aborted here and never sends a last
         # output, so any of its outputs may be the one that ends the answer.

@@ -259,12 +259,18 @@ class World:
                 orders.start.append(Start(name, request.policy, request.plan))
             elif request.computed >= request.prompt_len and not request.compacted:
                 request.targets = [self.free.pop() for _ in range(request.kept_pages)]
-                orders.compact.append(Compact(name, list(request.blocks), request.targets))
+                orders.compact.append(Compact(name, list(request.blocks), request.targets, request.prompt_len))
                 sources += request.blocks[: request.plan.full_pages]
                 request.compacted = True
                 request.blocks[: request.plan.full_pages] = [NULL] * request.plan.full_pages
         output = SimpleNamespace(
-            finished_req_ids=set(finished), preempted_req_ids=set(preempted) or None, num_scheduled_tokens=scheduled
+            finished_req_ids=set(finished),
+            preempted_req_ids=set(preempted) or None,
+            num_scheduled_tokens=scheduled,
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(scheduled), num_computed_tokens=[self.requests[name].computed for name in scheduled]
+            ),
         )
         attach_orders(output, orders)
         self.runtime.begin_step(output)

@@ -335,8 +335,8 @@ def test_nothing_is_looked_for_where_no_prompt_is_recorded(
     world.add("window", 60, 2, window=9)
     world.add("dense", 30)
     world.run({"window": 20, "dense": 30})
-    monkeypatch.setattr(world.compressor, "observers", lambda name: pytest.fail(f"asked for {name}"))
     with world.step({"dense": 1}) as rows:  # the other one waits
+        monkeypatch.setattr(world.compressor, "observers", lambda name: pytest.fail(f"asked for {name}"))
         assert world.builder.build(0, world.common(rows)).captures == []
 
 

@@ -36,7 +36,7 @@ class Worker:
     def compact(self, name: str) -> Compact:
         plan = self.start(name).plan
         targets, self.free = self.free[: plan.kept_pages], self.free[plan.kept_pages :] + self.free[: plan.kept_pages]
-        return Compact(name, self.cache.blocks.tolist(), targets)
+        return Compact(name, self.cache.blocks.tolist(), targets, self.cache.prompt_len)
 
     def begin(
         self,
@@ -53,6 +53,10 @@ class Worker:
             finished_req_ids=set(finished),
             preempted_req_ids=None if preempted is None else set(preempted),
             num_scheduled_tokens=dict.fromkeys(scheduled, 1),
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(scheduled), num_computed_tokens=[self.cache.prompt_len - 1 for _ in scheduled]
+            ),
         )
         if orders:
             attach_orders(output, StepOrders(list(start), list(compact)))

@@ -26,13 +26,19 @@ class Job:
     words: dict[str, Any] | None = None
     max_tokens: int = 12
     tokens: list[int] = field(default_factory=list)
-    kept: list[list[torch.Tensor]] = field(default_factory=list)
+    compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list)
+    """(tokens computed, positions kept by layer and KV head), one for each."""
     usage: dict[str, Any] = field(default_factory=dict)
     cached_tokens: int | None = None
     preemptions: int = 0
     tokens_when_preempted: int = 0
     request_id: str = ""
     finished: bool = False
+
+    @property
+    def kept(self) -> list[list[torch.Tensor]]:
+        """Of the first compaction."""
+        return self.compactions[0][1] if self.compactions else []
 
 
 class Engine:
@@ -115,8 +121,8 @@ class Engine:
                 if request.num_preemptions > job.preemptions:
                     job.preemptions, job.tokens_when_preempted = request.num_preemptions, len(job.tokens)
                 known = self.compressor.requests.get(request.request_id)
-                if known and known.kept:
-                    job.kept = known.kept
+                if known and known.boundary > (job.compactions[-1][0] if job.compactions else 0):
+                    job.compactions.append((known.boundary, self.compressor.kept_positions(request.request_id)))
 
     def run(self, jobs: list[Job], until: Callable[[], bool] | None = None) -> list[Job]:
         """Add the jobs and step until all requests are done, or until `until` says so."""

@@ -130,13 +130,15 @@ class PagedCache:
                 begin, end = observer.overlap(first, first + size)
                 if begin < end:
                     for layer in range(self.geometry.num_layers):
-                        so_far = partial(compressor.evidence, layer, seen, first + size)
+                        so_far = partial(compressor.evidence, layer, self.geometry.pages_of(layer, seen), first + size)
                         observer.record(layer, begin, self.queries[layer, begin:end], so_far)
             first += size
 
     def compact(self, compressor: Compressor, plan: RetentionPlan, request_id: str = "r") -> CompactionReport:
         source = self.blocks[: -(-self.prompt_len // self.page_size)].tolist()
-        return compressor.compact(Compact(request_id, source, self.free[: plan.kept_pages].tolist())).finish()
+        return compressor.compact(
+            Compact(request_id, source, self.free[: plan.kept_pages].tolist(), plan.prompt_len)
+        ).finish()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from random import Random
@@ -149,6 +150,7 @@ def test_every_allowed_budget_has_room_for_forced_tokens_in_every_layer(
     plan = plan_retention(prompt_len, budget, page_size)
     assert plan is not None
     assert budget - page_size < plan.kept_tokens <= budget
+    plan = replace(plan, pinned=sinks)
     words: dict[str, object] = {"policy": "pyramidkv", "window": window, "sinks": sinks, "beta": beta, "budget": budget}
     counts = page_counts(words, plan, num_layers)
     forced = {*range(sinks), *range(prompt_len - window, prompt_len)} & set(range(plan.full_pages * page_size))
@@ -175,6 +177,7 @@ def test_shares_by_the_prompt_sum_up_and_hold_what_is_forced(
     budget, num_layers = minimum_budget(sinks, window, 16) + extra, len(statistics)
     plan = plan_retention(budget + longer, budget, 16)
     assert plan is not None
+    plan = replace(plan, pinned=sinks)
     words: dict[str, object] = {"policy": "snapkv", "window": window, "sinks": sinks, "budget": budget}
     words |= {"layers": layers} | ({"bound": bound} if layers == "zigzag" else {})
     numbers = None if layers == "uniform" else torch.tensor(statistics, dtype=torch.float64)
@@ -225,4 +228,4 @@ def test_plan_arithmetic(prompt_len: int, budget: int, page_size: int) -> None:
     ],
 )
 def test_pages_for_forced_tokens(prompt_len: int, sinks: int, recent: int, pages: int) -> None:
-    assert RetentionPlan(prompt_len, 16, 5).min_pages(sinks, recent) == pages
+    assert RetentionPlan(prompt_len, 16, 5, pinned=sinks).min_pages(recent) == pages

@@ -60,7 +60,7 @@ def test_pages_are_exact(seed: int) -> None:
         wished = torch.where(streaming, min(least, prompt_len // PAGE), prompt_len // PAGE)
         assert wished.sum() > (prompt_len // PAGE - 1) * streaming.numel() or prompt_len < PAGE
         return
-    pages = policy.head_allocator.pages(plan, plan.min_pages(3, policy.args.recent))
+    pages = policy.head_allocator.pages(plan, plan.min_pages(policy.args.recent))
     assert pages is not None and pages.shape == streaming.shape
     assert int(pages.sum()) == plan.kept_pages * streaming.numel()
     assert (pages[~streaming] == plan.full_pages).all()
@@ -79,7 +79,7 @@ def test_gates_of_zero_keep_what_streamingllm_keeps(prompt_len: int) -> None:
     budget = duo.plan.kept_tokens
     streaming = compress(PagedCache(prompt_len), {"policy": "streamingllm", "sinks": 3, "budget": budget})
     assert positions_of(duo.kept) == positions_of(streaming.kept)
-    assert budget >= 53 and duo.plan.kept_pages == duo.plan.min_pages(3, 50)
+    assert budget >= 53 and duo.plan.kept_pages == duo.plan.min_pages(50)
 
 
 @pytest.mark.parametrize("prompt_len", [150, 160])
@@ -166,4 +166,4 @@ def test_other_allocators_are_refused(field: str, part: str) -> None:
 def test_a_budget_is_refused() -> None:
     with pytest.raises(PolicyError, match="has no such argument") as caught:
         make_policy({"policy": "duoattention", "budget": 512})
-    assert caught.value.allowed == "gates, sparsity, sinks, recent"
+    assert caught.value.allowed == "gates, sparsity, sinks, suffix, recent"

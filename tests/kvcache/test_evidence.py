@@ -29,7 +29,8 @@ def paged(cache: PagedCache, layer: int = LAYER, **changes: Any) -> PagedEvidenc
         "quant": QuantScales(),
     }
     blocks = cache.blocks[: -(-n // cache.page_size)]
-    return PagedEvidence(layer, cache.pages, blocks, cache.geometry, cache.codec, **{**known, **changes})
+    table = cache.geometry.pages_of(layer, blocks)
+    return PagedEvidence(layer, cache.pages, table, cache.geometry, cache.codec, **{**known, **changes})
 
 
 @pytest.mark.parametrize("block_major", [False, True])

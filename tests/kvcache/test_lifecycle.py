@@ -157,7 +157,7 @@ def test_compacted_requests_have_tables_of_their_own() -> None:
         cache.feed(compressor, [PROMPT], name)
         targets[name], free = free[: plan.kept_pages], free[plan.kept_pages :]
     for name, target in targets.items():
-        compressor.compact(Compact(name, source, target)).finish()
+        compressor.compact(Compact(name, source, target, PROMPT)).finish()
     slots = [compressor.slot(name) for name in orders]
     assert sorted(slot for slot in slots if slot is not None) == [0, 1]
     table = cache.block_table(PROMPT // PAGE, PROMPT).expand(2, -1)
@@ -215,7 +215,9 @@ def test_report_may_be_read_late_and_twice() -> None:
     spoil(cache, 0, 0, 40)
     compressor = cache.compressor()
     plan = cache.start(compressor, words("l2norm", BUDGET))
-    pending = compressor.compact(Compact("r", cache.blocks.tolist(), cache.free[: plan.kept_pages].tolist()))
+    pending = compressor.compact(
+        Compact("r", cache.blocks.tolist(), cache.free[: plan.kept_pages].tolist(), plan.prompt_len)
+    )
     compressor.finish("r")
     cache.pages.fill_(float("nan"))
     report = pending.finish()
@@ -231,8 +233,9 @@ def test_orders_that_do_not_fit_the_plan_are_errors(policy: str) -> None:
     plan = cache.start(compressor, words(policy, BUDGET))
     cache.feed(compressor, [PROMPT])
     source, target = cache.blocks.tolist(), cache.free[: plan.kept_pages].tolist()
-    for wrong in (Compact("r", source[:-1], target), Compact("r", source, target[:-1])):
-        with pytest.raises(RuntimeError, match="don't fit its plan"):
+    for blocks, pages, boundary in ((source[:-1], target, PROMPT), (source, target[:-1], PROMPT), (source, target, 1)):
+        wrong = Compact("r", blocks, pages, boundary)
+        with pytest.raises(RuntimeError, match="doesn't fit the request's plan"):
             compressor.compact(wrong)
     with pytest.raises(ValueError, match="no policy"):
         compressor.start(Start("r", {"policy": "none"}, RetentionPlan(PROMPT, PAGE, 3)))

@@ -35,7 +35,8 @@ NAMES = (
     "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, duoattention, random"
 )
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl", "equal, adakv"
-ARGUMENTS = "budget, sinks, window, kernel, pooling, group_reduce, group_stage"
+COMMON = "budget, sinks, suffix, interval"
+ARGUMENTS = f"{COMMON}, window, kernel, pooling, group_reduce, group_stage"
 BUDGET = "a whole number of tokens or a share of the prompt such as '25%'"
 
 MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
@@ -46,7 +47,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({}, "kv_cache.policy", "is missing", NAMES),
     ({"policy": "none", "budget": 512}, "kv_cache.budget", "takes no arguments", "no further fields"),
     ({"policy": "snapkv", "windw": 8}, "kv_cache.windw", "snapkv has no such argument", ARGUMENTS),
-    ({"policy": "streamingllm", "window": 8}, "kv_cache.window", "streamingllm has no such argument", "budget, sinks"),
+    ({"policy": "streamingllm", "window": 8}, "kv_cache.window", "streamingllm has no such argument", COMMON),
     (
         {"policy": "snapkv", "window": 0},
         "kv_cache.window",
@@ -76,11 +77,11 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "none", "heads": "adakv"}, "kv_cache.heads", "takes no arguments", "no further fields"),
     ({"policy": "snapkv", "mass": 0.9}, "kv_cache.mass", "snapkv has no such argument", ARGUMENTS),
     ({"policy": "snapkv", "heads": "adakv", "mass": 0.9}, "kv_cache.mass", "no such argument", f"floor, {ARGUMENTS}"),
-    ({"policy": "l2norm", "window": 8}, "kv_cache.window", "no such argument", "budget, sinks, recent"),
+    ({"policy": "l2norm", "window": 8}, "kv_cache.window", "no such argument", f"{COMMON}, recent"),
     ({"policy": "l2norm", "layers": "pyramid", "window": 8}, "kv_cache.window", "no such argument",
-     "beta, budget, sinks, recent"),
+     f"beta, {COMMON}, recent"),
     ({"policy": "tova", "layers": "zipvl", "bound": 0.5}, "kv_cache.bound", "no such argument",
-     "window, tau, budget, sinks"),
+     f"window, tau, {COMMON}"),
     ({"policy": "adakv", "floor": 1.01}, "kv_cache.floor", "got 1.01", "number >= 0 and <= 1"),
     ({"policy": "adakv", "floor": math.nan}, "kv_cache.floor", "got nan", "number >= 0 and <= 1"),
     ({"policy": "snapkv", "layers": "zigzag", "bound": -0.1}, "kv_cache.bound", "got -0.1", "number >= 0 and <= 1"),
@@ -126,18 +127,22 @@ def test_words_come_back(policy: str, budget: int | str | None) -> None:
     assert set(words) == {"policy", *built.Args.model_fields}
 
 
+LATER: dict[str, Any] = {"suffix": 3, "interval": 0}
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        {"policy": "pyramidkv", "budget": 99, "sinks": 0, "window": 5, "kernel": 3, "pooling": "avg",
+        {"policy": "pyramidkv", "budget": 99, "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "avg",
          "group_reduce": "sum", "group_stage": "logits", "beta": 7},
-        {"policy": "zigzagkv", "budget": 99, "sinks": 0, "window": 5, "kernel": 3, "pooling": "avg",
+        {"policy": "zigzagkv", "budget": 99, "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "avg",
          "group_reduce": "sum", "group_stage": "logits", "mass": 0.75, "bound": 0.125, "heads": "adakv", "floor": 0.3},
-        {"policy": "criticalkv", "budget": "7%", "sinks": 0, "window": 5, "kernel": 3, "pooling": "none",
+        {"policy": "criticalkv", "budget": "7%", "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "none",
          "group_reduce": "sum", "group_stage": "logits", "first_stage": 0.1, "epsilon": 1e-7},
-        {"policy": "tova", "budget": 99, "sinks": 0, "window": 2, "layers": "zipvl", "tau": 0.1 + 0.2},
-        {"policy": "keydiff", "budget": 99, "sinks": 0, "recent": 2, "layers": "pyramid", "beta": 3, "heads": "adakv",
-         "floor": 0.0},
+        {"policy": "tova", "budget": 99, "sinks": 0, **LATER, "interval": 40, "window": 2, "layers": "zipvl",
+         "tau": 0.1 + 0.2},
+        {"policy": "keydiff", "budget": 99, "sinks": 0, **LATER, "recent": 2, "layers": "pyramid", "beta": 3,
+         "heads": "adakv", "floor": 0.0},
     ],
     ids=lambda words: words["policy"],
 )  # fmt: skip
@@ -356,7 +361,7 @@ class LowerHalf(FirstHalf):
 def test_policy_of_another_package_may_bring_its_allocator(install: Install) -> None:
     install(LowerHalf)
     words = policy_words(make_policy({"policy": "lowerhalf", "budget": 70}))
-    assert words == {"policy": "lowerhalf", "budget": 70, "sinks": 4}
+    assert words == {"policy": "lowerhalf", "budget": 70, "sinks": 4, "suffix": 0, "interval": 0}
 
 
 @pytest.mark.parametrize("target", [Impostor, Nothing])
