@@ -24,10 +24,12 @@ from benchmarks.crosscheck.agreement import Agreement
 from benchmarks.crosscheck.cases import CASES, Case
 from benchmarks.crosscheck.ours import Ours, Prompt
 from benchmarks.quality.passkeys import make_suite, render
+from kvcache.registry import policies
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
+KNOWN = [case for case in CASES if case.words["policy"] in policies()]
 
 
 def environment(folder: Path) -> Path:
@@ -53,11 +55,11 @@ def prompts(model: Path, documents: int, tokens: int) -> list[list[int]]:
 
 def compare(dumps: list[Path]) -> dict[str, Agreement]:
     """Our choices beside the dumped ones, by case."""
-    found = {case.name: Agreement() for case in CASES}
+    found = {case.name: Agreement() for case in KNOWN}
     for file in dumps:
         tensors = load_file(file)
-        prompt = Prompt(tensors["keys"], tensors["values"], tensors["queries"])
-        for case in CASES:
+        prompt = Prompt(*(tensors[name] for name in ("keys", "values", "queries", "rotary")))
+        for case in KNOWN:
             budget = max(1, int(prompt.shape[2] * case.keep))
             found[case.name].add(Ours(case.words, prompt, budget), tensors[case.name])
         print(f"ours: {file.stem}", file=sys.stderr, flush=True)
@@ -90,21 +92,25 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=REPOSITORY / "results-local" / "crosscheck" / "venv")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1800, help="length of each prompt")
+    parser.add_argument("--dumps", type=Path, help="keep kvpress' side there, 2 GB, and use it if it is there")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     model, python = ensure_embedded_model(), environment(args.venv)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompts.json"
-        file.write_text(json.dumps(prompts(model, args.documents, args.tokens)), encoding="utf-8")
-        subprocess.run(
-            [str(python), "-m", "benchmarks.crosscheck.dump", str(model), str(file), folder],
-            check=True, cwd=REPOSITORY, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        versions = json.loads((Path(folder) / "versions.json").read_text(encoding="utf-8"))
-        found = compare([Path(folder) / f"{index}.safetensors" for index in range(args.documents)])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.dumps or Path(temporary)
+        if not (folder / "versions.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / "prompts.json"
+            file.write_text(json.dumps(prompts(model, args.documents, args.tokens)), encoding="utf-8")
+            subprocess.run(
+                [str(python), "-m", "benchmarks.crosscheck.dump", str(model), str(file), str(folder)],
+                check=True, cwd=REPOSITORY, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+        found = compare([folder / f"{index}.safetensors" for index in range(args.documents)])
     summaries = {name: agreement.summary() for name, agreement in found.items()}
     print(table(summaries))
-    problems = [problem for case in CASES for problem in failures(case, summaries[case.name])]
+    problems = [problem for case in KNOWN for problem in failures(case, summaries[case.name])]
     print("\n".join(problems) or "all methods agree as far as cases.py says")
     if args.out:
         content = {
@@ -117,7 +123,7 @@ def main() -> int:
             "versions": versions,
             "cases": [
                 {"name": c.name, "kvpress": c.press, "longreach": c.words, "kept": c.keep, **summaries[c.name]}
-                for c in CASES
+                for c in KNOWN
             ],
         }
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,8 @@ from typing import Any
 
 NUM_LAYERS, NUM_KV_HEADS = 30, 3
 """Of SmolLM2-135M."""
+FUTURE = 512
+"""Positions behind a prompt that Expected Attention looks at."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,16 @@ def cases_at(keep: float) -> list[Case]:
              identical=0, overlap=0.9, gap=1),
         Case("criticalkv, values as they are", {"class": "PlainValues", "press": _SNAP},
              {"policy": "criticalkv", **_VOTES}, keep),
+        Case("expectedattention", {"class": "ExpectedAttentionPress", "n_future_positions": FUTURE, "n_sink": 4},
+             {"policy": "expectedattention", "sinks": 4, "recent": 0, "future": FUTURE, "epsilon": 0.0}, keep,
+             identical=0.9, overlap=0.999, gap=1e-3),
+        Case("observedattention", {"class": "ObservedAttentionPress"},
+             {"policy": "observedattention", "sinks": 0, "recent": 0}, keep, attentions=True),
     ]  # fmt: skip
     if keep == 0.5:  # its pattern decides how much stays
         found.append(
             Case("duoattention", {"class": "GivenPattern", "head_compression_ratio": 0.5},
-                 {"policy": "duoattention", "gates": gates(), "sinks": 64, "recent": 256}, keep)
+                 {"policy": "duoattention", "gates": gates(), "sinks": 64, "recent": 256}, keep, same_counts=False)
         )  # fmt: skip
     return [Case(**{**vars(case), "name": f"{case.name} @{keep:.0%}"}) for case in found]
 

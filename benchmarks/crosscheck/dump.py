@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.crosscheck.cases import CASES, Case, gates
+from benchmarks.crosscheck.cases import CASES, FUTURE, Case, gates
 
 
 class PlainValues(kvpress.CriticalKVPress):
@@ -110,19 +110,26 @@ def causal_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) ->
     return logits.masked_fill_(future, float("-inf")).softmax(-1)
 
 
+def rotary_table(model: Any, positions: int) -> torch.Tensor:
+    """Cosines of all pairs, then sines, by position: float32 [positions, head_dim]."""
+    cosines, sines = model.model.rotary_emb(torch.zeros(1), torch.arange(positions)[None])
+    half = cosines.shape[-1] // 2
+    return torch.cat((cosines[0, :, :half], sines[0, :, :half]), -1)
+
+
 @torch.inference_mode()
 def main(model_path: str, prompts_file: str, out: str) -> None:
-    """Write `OUT/INDEX.safetensors` for every prompt (keys, values, queries, kept masks) and `OUT/versions.json`."""
+    """Write `OUT/versions.json`, and for every prompt `OUT/INDEX.safetensors`: keys, values, queries, kept masks and
+    the model's rotation."""
     transformers.utils.logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     recorder = Recorder(model, CASES)
     for index, tokens in enumerate(json.loads(Path(prompts_file).read_text(encoding="utf-8"))):
         recorder.found = {}
         model.model(torch.tensor([tokens]), past_key_values=DynamicCache(), use_cache=True)
-        save_file(
-            {name: torch.stack(layers).contiguous() for name, layers in recorder.found.items()},
-            str(Path(out) / f"{index}.safetensors"),
-        )
+        found = {name: torch.stack(layers).contiguous() for name, layers in recorder.found.items()}
+        found["rotary"] = rotary_table(model, len(tokens) + FUTURE)
+        save_file(found, str(Path(out) / f"{index}.safetensors"))
         print(f"kvpress: document {index}, {len(tokens)} tokens", file=sys.stderr, flush=True)
     versions = {"kvpress": version("kvpress"), "torch": torch.__version__, "transformers": transformers.__version__}
     (Path(out) / "versions.json").write_text(json.dumps(versions), encoding="utf-8")

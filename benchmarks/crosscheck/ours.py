@@ -5,6 +5,8 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,17 +20,26 @@ from kvcache.selection import force, keep_top
 
 @dataclass(frozen=True)
 class Prompt:
-    """One dump: float32 keys and values [L, H_kv, n, d], queries [L, n, H, d], all post-RoPE."""
+    """One dump: float32 keys and values [L, H_kv, n, d], queries [L, n, H, d], all post-RoPE; the model's rotation."""
 
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    rotary: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """num_layers, num_kv_heads, tokens."""
         num_layers, num_kv_heads, tokens, _ = self.keys.shape
         return num_layers, num_kv_heads, tokens
+
+
+def _model_facts(prompt: Prompt) -> dict[str, Any]:
+    """What observers ask of the model, where this version of ours has observers that do."""
+    if find_spec("kvcache.rotary") is None:
+        return {}
+    facts, rotary = import_module("kvcache.model").ModelFacts, import_module("kvcache.rotary").Rotary
+    return {"model": facts(rotary=rotary(prompt.rotary, neox=True))}
 
 
 class Ours:
@@ -50,16 +61,20 @@ class Ours:
         """What the policy's observers and the cache tell, by layer."""
         (num_layers, _, tokens), prompt = self.prompt.shape, self.prompt
         scale = prompt.keys.shape[-1] ** -0.5
-        observers = self.policy.observers(num_layers, tokens)
+        model = _model_facts(prompt)
+        observers = self.policy.observers(num_layers, tokens, **model)
         found = []
         for layer in range(num_layers):
             plain = LayerEvidence(layer, prompt.keys[layer], prompt.values[layer], None, scale)
+            if model:
+                setattr(plain, "rotary", model["model"].rotary)  # noqa: B010
             for observer in observers:
                 seen = prompt.queries[layer, observer.first : observer.end]
                 observer.record(layer, observer.first, seen, partial(copy, plain))
             observed = {observer.name: observer.found(layer) for observer in observers}
-            queries = observed.get("window_queries")
-            found.append(LayerEvidence(layer, plain.keys, plain.values, queries, scale, observed))
+            whole = copy(plain)
+            whole.window_queries, whole.observed = observed.get("window_queries"), observed
+            found.append(whole)
         return found
 
     def counts(self) -> torch.Tensor:
