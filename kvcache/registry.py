@@ -20,7 +20,10 @@ from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.duoattention import DuoAttention
 from kvcache.policies.keydiff import KeyDiff
 from kvcache.policies.l2norm import L2Norm
+from kvcache.policies.lfa import LFA
+from kvcache.policies.lra import LRA
 from kvcache.policies.pyramidkv import PyramidKV
+from kvcache.policies.raas import RaaS
 from kvcache.policies.random import Random
 from kvcache.policies.snapkv import SnapKV
 from kvcache.policies.streamingllm import StreamingLLM
@@ -29,7 +32,8 @@ from kvcache.policies.zigzagkv import ZigZagKV
 
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
-    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, DuoAttention, Random,
+    StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, LRA, LFA, RaaS,
+    DuoAttention, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers)

@@ -64,8 +64,8 @@ class Reference:
 
         Args:
             prompt: token ids.
-            compactions: (boundary, kept positions by layer and KV head): tokens from the boundary on see these, and what
-                stands in pages that weren't full there or came later.
+            compactions: (boundary, kept positions by layer and KV head): tokens from the boundary on see these, and
+                what stands in pages that weren't full there or came later.
             page: tokens of a page.
         """
         global _masks

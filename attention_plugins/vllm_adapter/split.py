@@ -103,7 +103,8 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         """Each KV head with its own pages and length; its query group is the batch of query heads."""
         assert metadata.compacted is not None
         group = (-1, self.num_queries_per_kv, self.head_size)
-        queries, out, places = query.view(group), output.view(group), metadata.compacted.token_heads
+        # Without torch.compile `query` is a part of the joint projection, which no view can regroup.
+        queries, out, places = query.reshape(group), output.view(group), metadata.compacted.token_heads
         if places is not None:
             out[places] = self.attend(layer, queries[places], metadata)
         elif metadata.mask is None:

@@ -1,9 +1,11 @@
 """Requests that arrive at a rate: throughput, time to first token, time per output token, goodput.
 
-python -m benchmarks.gpu.arrivals stock|longreach [--fp8] [--rates 0.4,0.8,1.2] [--requests 200]
+python -m benchmarks.gpu.arrivals stock|longreach [--fp8] [--rates 0.4,0.8,1.2x300] [--requests 200]
+    [--capacity SHAPE [--same]]
 
 A request is good when its first token came within 10 s and its others within 50 ms each, on average. Stock vLLM and
-Longreach get the same arrivals. 8B shapes, random weights, prompts of 32k, answers of 1k.
+Longreach get the same arrivals. 8B shapes, random weights, prompts of 32k, answers of 1k. With --capacity the engine is
+first filled as `benchmarks.gpu.capacity` does it, which saves a start.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.capacity import BUDGET
+from benchmarks.gpu import capacity
 from benchmarks.gpu.engine import build_8b, random_prompt, say
 
 TTFT_LIMIT, TPOT_LIMIT = 10.0, 0.050
@@ -50,10 +52,14 @@ def arrivals(rate: float, requests: int) -> list[float]:
     return times
 
 
-def run(llm: Any, rate: float, requests: int, prompt: int, output: int, words: dict[str, Any] | None) -> list[Record]:
+def run(
+    llm: Any, rate: float, requests: int, prompt: int, output: int, words: dict[str, Any] | None
+) -> tuple[list[Record], int]:
+    """What became of each request, and how many ran at once at most."""
     from vllm import SamplingParams
 
-    engine = llm.llm_engine
+    engine, most = llm.llm_engine, 0
+    scheduler = engine.engine_core.engine_core.scheduler
     extra = {"kv_cache": words} if words else None
     params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
     seed = int(rate * 1e6)
@@ -72,42 +78,53 @@ def run(llm: Any, rate: float, requests: int, prompt: int, output: int, words: d
             continue
         outputs = engine.step()
         now = time.perf_counter() - began
+        most = max(most, len(scheduler.running))
         for one in outputs:
             record, tokens = records[one.request_id], len(one.outputs[0].token_ids)
             if tokens:
                 record.first = record.first or now
                 record.last, record.tokens = now, tokens
-    return list(records.values())
+    return list(records.values()), most
 
 
-def report(records: list[Record], rate: float) -> None:
+def summary(records: list[Record]) -> dict[str, Any]:
     ttft, tpot = (np.array([getattr(record, name) for record in records]) for name in ("ttft", "tpot"))
     span = max(record.last for record in records) - min(record.arrival for record in records)
     good = int(((ttft <= TTFT_LIMIT) & (tpot <= TPOT_LIMIT)).sum())
-    say(
-        rate=rate, requests=len(records), seconds=round(span, 1),
-        output_tokens_s=round(sum(record.tokens for record in records) / span, 1),
-        requests_s=round(len(records) / span, 3), good=good, goodput_s=round(good / span, 3),
-        ttft_s={p: round(float(np.percentile(ttft, p)), 3) for p in (50, 90, 99)},
-        tpot_ms={p: round(float(np.percentile(tpot, p)) * 1e3, 2) for p in (50, 90, 99)},
-    )  # fmt: skip
+    return {
+        "requests": len(records),
+        "seconds": round(span, 1),
+        "output_tokens_s": round(sum(record.tokens for record in records) / span, 1),
+        "requests_s": round(len(records) / span, 3),
+        "good": good,
+        "goodput_s": round(good / span, 3),
+        "ttft_s": {p: round(float(np.percentile(ttft, p)), 3) for p in (50, 90, 99)},
+        "tpot_ms": {p: round(float(np.percentile(tpot, p)) * 1e3, 2) for p in (50, 90, 99)},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=("stock", "longreach"))
     parser.add_argument("--fp8", action="store_true", help="an fp8 KV cache")
-    parser.add_argument("--rates", default="0.4,0.8,1.2", help="requests a second, separated by commas")
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rates", default="0.4,0.8,1.2", help="requests a second, by commas; RATExREQUESTS")
+    parser.add_argument("--requests", type=int, default=200, help="of rates that name no number")
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--output", type=int, default=1024)
+    parser.add_argument("--capacity", type=capacity.parse_shape, metavar="SHAPE", help="PROMPT or PROMPTxREQUESTS")
+    parser.add_argument("--same", action="store_true", help="all requests of --capacity have one prompt")
     args = parser.parse_args()
     stock = args.system == "stock"
     llm = build_8b(stock=stock, fp8=args.fp8)
     say(system=args.system, fp8=args.fp8, prompt=args.prompt, output=args.output)
-    words = None if stock else {"policy": "snapkv", "budget": BUDGET}
-    for rate in map(float, args.rates.split(",")):
-        report(run(llm, rate, args.requests, args.prompt, args.output, words), rate)
+    words = None if stock else {"policy": "snapkv", "budget": capacity.BUDGET}
+    if args.capacity:
+        prompt, requests = args.capacity
+        capacity.measure(llm, prompt, requests, words, args.same)
+    for text in args.rates.split(","):
+        rate, _, requests = text.partition("x")
+        records, most = run(llm, float(rate), int(requests or args.requests), args.prompt, args.output, words)
+        say(rate=float(rate), **summary(records), most_at_once=most)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How many long requests decode at once, and how fast: stock vLLM or a budget, 8B shapes, random weights.
 
-python -m benchmarks.gpu.capacity [--stock] [--fp8] [--policy NAME] [--same] [--tensor-parallel N] SHAPE [SHAPE ...]
+python -m benchmarks.gpu.capacity [--stock] [--fp8] [--policy NAME] [--same] [--tensor-parallel N]
+    [--max-requests N] SHAPE [SHAPE ...]
 
 A SHAPE is PROMPTxREQUESTS, or PROMPT alone for as many requests as fit without compression. With --same all requests
 of a shape have one prompt, which the prefix cache makes quick; a decode step costs the same.
@@ -71,8 +72,11 @@ def main() -> None:
     parser.add_argument("--same", action="store_true")
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs")
+    parser.add_argument("--max-requests", type=int, default=256, help="vLLM's max_num_seqs")
     args = parser.parse_args()
-    llm = build_8b(stock=args.stock, fp8=args.fp8, tensor_parallel=args.tensor_parallel)
+    llm = build_8b(
+        stock=args.stock, fp8=args.fp8, tensor_parallel=args.tensor_parallel, max_requests=args.max_requests
+    )  # fmt: skip
     words = None if args.stock else {"policy": args.policy, "budget": BUDGET}
     for prompt, requests in args.shapes:
         measure(llm, prompt, requests, words, args.same)

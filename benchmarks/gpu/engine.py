@@ -12,6 +12,8 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# As `vllm serve` does. With several GPUs the workers are processes: forked ones hang where torch's threads were used.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -56,11 +58,11 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
     return llm
 
 
-def build_8b(*, stock: bool, fp8: bool, tensor_parallel: int = 1) -> Any:
-    """8B shapes with random weights, at most of an 80 GB GPU's memory."""
+def build_8b(*, stock: bool, fp8: bool, tensor_parallel: int = 1, max_requests: int = 256) -> Any:
+    """8B shapes with random weights, at most of an 80 GB GPU's memory. At most `max_requests` run at once."""
     return build(
         random_llama(), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
-        gpu_memory_utilization=0.9, max_num_batched_tokens=8192, max_num_seqs=256,
+        gpu_memory_utilization=0.9, max_num_batched_tokens=8192, max_num_seqs=max_requests,
         kv_cache_dtype="fp8" if fp8 else "auto", tensor_parallel_size=tensor_parallel,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Pictures of a results file of `benchmarks.gpu.claims` runs.
+"""Pictures of a results file: of its `benchmarks.gpu.arrivals` runs if it has any, else of `benchmarks.gpu.claims`.
 
 python -m benchmarks.gpu.plot benchmarks/results/DATE-cuda-h100.json docs/images/cuda-h100.png
 """
@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.gpu.arrivals import TPOT_LIMIT, TTFT_LIMIT
+
 LABELS = {
     (True, False): "stock vLLM\nbf16 KV",
     (True, True): "stock vLLM\nfp8 KV",
@@ -23,19 +25,65 @@ LABELS = {
 }
 
 
-def configurations(results: dict[str, Any]) -> dict[tuple[bool, bool], list[dict[str, Any]]]:
-    """The rows of each claims run, by (stock, fp8)."""
-    found = {}
+Rows = dict[tuple[bool, bool], list[dict[str, Any]]]
+"""Rows of all runs of a configuration, by (stock, fp8)."""
+
+
+def configurations(results: dict[str, Any], script: str) -> Rows:
+    found: Rows = {}
     for run in results["runs"]:
         words = run["command"].split()
-        if "benchmarks.gpu.claims" in words:
-            found["stock" in words, "--fp8" in words] = run["rows"]
+        if f"benchmarks.gpu.{script}" in words:
+            found.setdefault(("stock" in words, "--fp8" in words), []).extend(run["rows"])
     return found
 
 
 def main(source: Path, target: Path) -> None:
     results = json.loads(source.read_text())
-    runs = configurations(results)
+    if runs := configurations(results, "arrivals"):
+        figure = draw_arrivals(runs)
+    else:
+        figure = draw_claims(configurations(results, "claims"))
+    figure.suptitle(f"8B Llama shapes, {results['device'].partition(',')[0]}, {results['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def draw_arrivals(runs: Rows) -> Any:
+    """Requests that kept both limits, and the medians that decide it, by the rate at which they arrive."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4))
+    titles = (
+        ("good requests a second", None),
+        ("time to first token, s: median", TTFT_LIMIT),
+        ("time per output token, ms: median", TPOT_LIMIT * 1e3),
+    )
+    for panel, (title, limit) in zip(panels, titles, strict=True):
+        if limit:
+            panel.axhline(limit, color="#c0392b", linewidth=0.8, linestyle="--")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("requests that arrive a second", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    for kind, marker in zip(LABELS, "osD^", strict=True):
+        rows = sorted((row for row in runs.get(kind, ()) if "rate" in row), key=lambda row: row["rate"])
+        if not rows:
+            continue
+        rates = [row["rate"] for row in rows]
+        values = (
+            [row["goodput_s"] for row in rows],
+            [row["ttft_s"]["50"] for row in rows],
+            [row["tpot_ms"]["50"] for row in rows],
+        )
+        colour = "#9aa5b1" if kind[0] else "#2f6fde"
+        for panel, numbers in zip(panels, values, strict=True):
+            panel.plot(rates, numbers, marker=marker, color=colour, label=LABELS[kind].replace("\n", ", "))
+    for panel in panels:
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(sorted({row["rate"] for rows in runs.values() for row in rows if "rate" in row}))
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def draw_claims(runs: Rows) -> Any:
     figure, (requests, throughput, latency) = plt.subplots(1, 3, figsize=(13, 4.2))
     kinds = [kind for kind in LABELS if kind in runs]
     longest = {
@@ -66,9 +114,7 @@ def main(source: Path, target: Path) -> None:
     latency.tick_params(axis="x", labelsize=8)
     latency.legend(fontsize=8)
     latency.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"8B Llama shapes, {results['device']}, {results['date']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

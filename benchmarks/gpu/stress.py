@@ -1,7 +1,10 @@
 """Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
 every answer has to be what the request gets alone.
 
-VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600]
+VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600] [--alone 128]
+    [--plain] [--stock]
+
+With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.engine import build, say
+from kvcache.usage import CompressionTotals
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "none"},
@@ -107,7 +111,7 @@ def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> No
     """Run all jobs at once, then some again alone; tell how many answers differ."""
     began = time.perf_counter()
     run(llm, jobs, invariants)
-    totals = invariants.scheduler.compression_totals.by_policy.values()
+    totals = getattr(invariants.scheduler, "compression_totals", CompressionTotals()).by_policy.values()
     say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), peak_blocks=invariants.peak,
         preemptions=sum(job.preemptions for job in jobs),
         preempted_with_policy=sum(job.words["policy"] != "none" and job.preemptions > 0 for job in jobs),
@@ -132,16 +136,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=2600)
     parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
+    parser.add_argument("--plain", action="store_true", help="no policies")
+    parser.add_argument("--stock", action="store_true", help="vLLM as it is")
     args = parser.parse_args()
     llm = build(
-        args.model, max_model_len=8192, gpu_memory_utilization=0.5, max_num_batched_tokens=2048, max_num_seqs=256,
-        num_gpu_blocks_override=args.blocks,
+        args.model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.3,
+        max_num_batched_tokens=2048, max_num_seqs=256, num_gpu_blocks_override=args.blocks,
+        kv_cache_memory_bytes=2 << 30,
     )  # fmt: skip
-    invariants, jobs = Invariants(llm.llm_engine), make_jobs(args.requests, 49000)
-    compare(llm, jobs, invariants, args.alone)
-    # Without a policy only vLLM's own code runs: what differs then is its own variance.
-    plain = [Job(job.name, job.prompt, {"policy": "none"}, job.tokens, job.abort_after) for job in jobs]
-    compare(llm, plain, invariants, args.alone // 2)
+    jobs = make_jobs(args.requests, 49000)
+    if args.plain or args.stock:
+        for job in jobs:
+            job.words = {"policy": "none"}
+    compare(llm, jobs, Invariants(llm.llm_engine), args.alone)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,6 +20,7 @@ from kvcache.vllm_adapter.manager import CompressibleAttentionManager, register_
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders, reports_of
 
 register_spec()
+logger = init_logger(__name__)
 
 EXTRA_ARG = "kv_cache"
 """Where a request's policy stands in `SamplingParams.extra_args`, and its usage in `kv_transfer_params`."""
@@ -30,6 +32,8 @@ class _Compression:
 
     policy: Policy | None
     plan: RetentionPlan | None
+    reason: str | None = None
+    """Why the request isn't compressed although its policy would."""
     boundary: int = 0
     report: CompactionReport | None = None
 
@@ -62,15 +66,27 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         params = request.sampling_params
         words = (params.extra_args or {}).get(EXTRA_ARG) if params else None
         policy = make_policy(words) if words else None
-        plan = None
+        plan, reason = None, None
         # Streaming-input sessions extend their prompt later, so it has no end to compact at.
         if policy and not request.resumable:
             plan = policy.plan(request.num_prompt_tokens, self.kv_blocks.block_size)
             if plan and request.num_prompt_tokens + request.max_tokens <= plan.prompt_len:
                 plan = None  # the answer can't grow as far
-        self.compressions[request.request_id] = _Compression(policy, plan)
+        if plan and (reason := self._too_large(request, plan)):
+            logger.warning("request %s: %s", request.request_id, reason)
+            plan = None
+        self.compressions[request.request_id] = _Compression(policy, plan, reason)
         if plan:
             self.kv_blocks.set_plan(request.request_id, plan, request.num_prompt_tokens)
+
+    def _too_large(self, request: Request, plan: RetentionPlan) -> str | None:
+        """Why the pool can't hold both what a compaction reads and what it keeps: such a request would wait forever."""
+        most = max(request.num_prompt_tokens, plan.prompt_len) + 1
+        needed = -(-most // plan.page_size) + plan.kept_pages
+        there = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
+        if needed <= there:
+            return None
+        return f"its compaction would need {needed} blocks, the KV cache has {there}; a smaller budget needs fewer"
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """A hit must leave to be computed what observers watch: queries are cached nowhere."""
@@ -152,6 +168,8 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             self.block_bytes,
             self.kv_blocks.block_size,
         )
+        if compression.reason:
+            usage["not_compressed"] = compression.reason
         return {EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
 
     def _free_blocks(self, request: Request) -> None:

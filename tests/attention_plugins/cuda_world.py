@@ -329,6 +329,8 @@ class World:
             for layer in self.layers:
                 queries = torch.cat([request.queries[layer.index, first:last] for request, first, last in rows])
                 queries = torch.cat([queries, torch.ones(padding, *queries.shape[1:]).to(queries.dtype)])
+                # As vLLM passes them without torch.compile: a part of a wider projection.
+                queries = torch.cat([queries, queries], 1)[:, : self.num_heads]
                 outputs.append(self._forward(layer, queries, metadata))
                 dense.append(self.dense_written[layer.index])
         return Step(rows, metadata, outputs, dense)

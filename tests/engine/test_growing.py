@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ INTERVALS: list[dict[str, Any]] = [
     {"policy": "snapkv", "budget": 192, "interval": 64, "window": 16},
     {"policy": "pyramidkv", "budget": 224, "interval": 64, "window": 16, "suffix": 70},
     {"policy": "keydiff", "budget": 240, "interval": 33, "layers": "zigzag", "window": 8},
+    {"policy": "lra", "budget": 160, "interval": 64, "top": 8},
+    {"policy": "lfa", "budget": 160, "interval": 32, "window": 32, "top": 8},
+    {"policy": "raas", "budget": 130, "interval": 64, "alpha": 0.02},
 ]
 IDS = [f"{words['policy']}-{words['budget']}" for words in INTERVALS]
 
@@ -62,12 +66,14 @@ def test_answers_are_compacted_every_interval(
     step = -(-words["interval"] // PAGE) * PAGE
     boundaries = [boundary for boundary, _ in job.compactions]
     assert len(boundaries) >= 3
-    if length > words["budget"]:
+    if words["policy"] == "raas":
+        assert boundaries[0] == -(-length // PAGE) * PAGE + words["budget"] // PAGE * PAGE + step
+    elif length > words["budget"]:
         assert boundaries[0] == length - words.get("suffix", 0)
     else:
         assert boundaries[0] > words["budget"] and boundaries[0] % PAGE == 0
     assert all(boundary % PAGE == 0 for boundary in boundaries[1:])
-    assert all(b - a == step for a, b in zip(boundaries[1:], boundaries[2:], strict=False))
+    assert all(b - a == step for a, b in pairwise(boundaries[1:]))
     assert boundaries[-1] + step > length + 399
     for boundary, kept in job.compactions:
         for heads in kept:
@@ -94,7 +100,7 @@ def test_held_memory_stays_flat(engine: Engine, words: dict[str, Any]) -> None:
         engine.step()
         most = max(most, engine.all_free - engine.free)
     assert len(job.compactions) > 4
-    budget = -(-words["budget"] // PAGE)
+    budget = -(-words["budget"] // PAGE) + (3 if words["policy"] == "raas" else 0)  # and its prompt
     assert most <= budget + budget + step // PAGE + 3, "the first compaction has source and target"
     engine.forget_prefixes()
     late = engine.add(Job(prompt_of(90), words, max_tokens=700))
@@ -105,6 +111,66 @@ def test_held_memory_stays_flat(engine: Engine, words: dict[str, Any]) -> None:
     while not late.finished:
         assert engine.all_free - engine.free <= budget + step // PAGE + 2
         engine.step()
+
+
+def test_8000_tokens_from_a_prompt_of_1000_in_a_budget_of_1024(engine: Engine) -> None:
+    words = {"policy": "streamingllm", "budget": 1024, "interval": 128}
+    job = engine.add(Job(prompt_of(100), words, max_tokens=8000))
+    held = []
+    while not job.finished:
+        engine.step()
+        held.append(engine.all_free - engine.free)
+    assert len(job.compactions) == (8100 - 1024) // 128
+    assert max(held[1200:]) <= (1024 + 128) // PAGE + 2
+
+
+@pytest.mark.parametrize("words", INTERVALS, ids=IDS)
+def test_preemption_between_compactions_gives_the_same_answers(engine: Engine, words: dict[str, Any]) -> None:
+    """The last of three is preempted when its answer has been compacted already; the replay compacts it again."""
+
+    def jobs() -> list[Job]:
+        return [Job(prompt_of(200 + 9 * i, i), words, max_tokens=330) for i in range(3)]
+
+    alone = [engine.run([job])[0] for job in jobs()]
+    engine.forget_prefixes()
+    together = [engine.add(job) for job in jobs()]
+    while len(together[2].compactions) < 3:
+        engine.step()
+    taken = []
+    while not any(job.preemptions for job in together):
+        assert not all(job.finished for job in together), "nobody was preempted: the test tests nothing"
+        taken += engine.pool.get_new_blocks(engine.free)
+        engine.step()
+    engine.pool.free_blocks(taken)
+    engine.finish()
+    assert [job.tokens for job in together] == [job.tokens for job in alone]
+    assert max(job.tokens_when_preempted for job in together) > 40
+
+
+@pytest.mark.parametrize("tokens", [60, 75, 100, 130, 200])
+def test_aborts_between_compactions_give_everything_back(engine: Engine, tokens: int) -> None:
+    jobs = [engine.add(Job(prompt_of(120 + i, i), words, max_tokens=400)) for i, words in enumerate(INTERVALS)]
+    while len(jobs[0].tokens) < tokens:
+        engine.step()
+    for job in jobs:
+        engine.abort(job)
+    engine.step()
+    assert engine.free == engine.all_free
+
+
+def test_a_compaction_that_could_never_have_its_blocks_is_left_out_and_told(engine: Engine) -> None:
+    """Prompt and kept tokens would need more than the whole pool: the request would wait forever."""
+    words = {"policy": "streamingllm", "budget": 7000}
+    total = engine.pool.num_gpu_blocks
+    engine.pool.num_gpu_blocks = 300
+    try:
+        (job,) = engine.run([Job(prompt_of(7500), words, max_tokens=3)])
+    finally:
+        engine.pool.num_gpu_blocks = total
+    assert not job.compactions
+    assert job.usage["not_compressed"] == (
+        "its compaction would need 453 blocks, the KV cache has 299; a smaller budget needs fewer"
+    )
 
 
 def test_intervals_concurrently_as_alone(engine: Engine) -> None:

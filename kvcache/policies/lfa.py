@@ -1,0 +1,29 @@
+"""LFA."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcache.evidence import LayerEvidence
+from kvcache.policies.lra import Attendre
+from kvcache.usage_tracking import ranked
+
+
+class LFA(Attendre):
+    """The tokens that the fewest queries have used go first, of equal ones the older.
+
+    A query uses the `top` tokens that it attends to most, by KV head. The paper counts every query, and its memory is
+    one of the model's own; here the last `window` of the prompt and of each interval count (with `window` as large as
+    `interval`, every query of the answer does). Sizes are not verified against the paper.
+    """
+
+    name = "lfa"
+    title = "LFA: least frequently attended tokens go first"
+
+    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
+        return ranked(self.carry(evidence))
+
+    def carry(self, evidence: LayerEvidence) -> torch.Tensor:
+        """How often each token was used."""
+        uses = self.used(evidence).sum(1).float()
+        return uses if evidence.history is None else uses + evidence.history.nan_to_num(0)

@@ -1,0 +1,57 @@
+"""LRA."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from kvcache.evidence import Evidence, LayerEvidence
+from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.usage_tracking import last_use, ranked, top_k, watched_attention
+
+
+class Attendre(Policy):
+    """What LRA and LFA share: a query uses the tokens that it attends to most."""
+
+    name = "attendre"
+    title = "Attendre: eviction by use"
+    paper = "arXiv 2401.04881"
+    evidence = Evidence.WINDOW_QUERIES
+    query_aware = True
+
+    class Args(PolicyArgs):
+        interval: int = Field(
+            128, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
+        )
+        window: int = Field(8, ge=1, le=256, description="Last queries, of prompt and of each interval, that count.")
+        top: int = Field(32, ge=1, le=4096, description="Tokens that a query uses: those it attends to most.")
+
+    args: Args
+
+    @property
+    def recent(self) -> int:
+        return self.args.window
+
+    def used(self, evidence: LayerEvidence) -> torch.Tensor:
+        """bool [num_kv_heads, window, n]."""
+        return top_k(watched_attention(evidence), self.args.top)
+
+
+class LRA(Attendre):
+    """The tokens that no query has used for the longest time go first.
+
+    A query uses the `top` tokens that it attends to most, by KV head; a token that came and was not used yet counts as
+    used when it came. The paper counts every query, and its memory is one of the model's own; here the last `window` of
+    the prompt and of each interval count (with `window` as large as `interval`, every query of the answer does). Sizes
+    are not verified against the paper.
+    """
+
+    name = "lra"
+    title = "LRA: least recently attended tokens go first"
+
+    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
+        return ranked(self.carry(evidence))
+
+    def carry(self, evidence: LayerEvidence) -> torch.Tensor:
+        """When each token was last used, positions."""
+        return last_use(self.used(evidence), evidence)
