@@ -33,6 +33,8 @@ def _allowed(field: dict[str, Any]) -> str:
         return ", ".join(map(str, field["enum"]))
     if "anyOf" in field:
         return "tokens, or a share such as 25%"
+    if field.get("type") == "array":
+        return f"list of {_allowed(field['items'])}".replace("list of list of", "lists of numbers")
     return ", ".join(f"{sign} {field[key]}" for key, sign in _SIGNS.items() if key in field)
 
 

@@ -413,6 +413,8 @@ class Compressor:
         """
         g, heads = self.geometry, policy.head_allocator
         bounds = {"low": plan.min_pages(policy.recent), "high": plan.full_pages}
+        if (fixed := heads.pages(plan, bounds["low"])) is not None:
+            return fixed
         shares = policy.layer_allocator.shares(g.num_layers, plan.kept_tokens, plan.prompt_len, statistics)
         pages = apportion((shares - plan.tail) / plan.page_size, plan.kept_pages * g.num_layers, **bounds)
         if not heads.needs_scores:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kvcache.evidence import Evidence
+
+
+class PolicyError(ValueError):
+    """A policy or one of its arguments can't be used. `field` names which, `allowed` says what is."""
+
+    def __init__(self, field: str, problem: str, allowed: str) -> None:
+        super().__init__(f"{field}: {problem} Allowed: {allowed}.")
+        self.field, self.problem, self.allowed = field, problem, allowed
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a policy may know of the served model: its layers, its KV heads, and over how many GPUs these are spread."""
+
+    num_layers: int
+    num_kv_heads: int
+    tensor_parallel: int = 1
 
 
 class Arguments(BaseModel):
@@ -38,6 +56,13 @@ class Method(ABC):
 
     class Args(Arguments):
         """No arguments."""
+
+    def check_model(self, model: ModelShape | None) -> None:  # noqa: B027
+        """Whether the arguments are complete and fit the served model; None where it isn't known yet.
+
+        Raises:
+            PolicyError: they don't; a request then is a 400.
+        """
 
     @classmethod
     def describe(cls) -> dict[str, Any]:

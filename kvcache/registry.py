@@ -14,10 +14,12 @@ from kvcache.allocators.d2o import D2OLayers
 from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.allocators.zigzag import ZigZagLayers
 from kvcache.allocators.zipvl import ZipVLLayers
+from kvcache.method import PolicyError as PolicyError
 from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.d2o import D2O
+from kvcache.policies.duoattention import DuoAttention
 from kvcache.policies.expectedattention import ExpectedAttention
 from kvcache.policies.h2o import H2O
 from kvcache.policies.keydiff import KeyDiff
@@ -38,7 +40,7 @@ from kvcache.policies.zigzagkv import ZigZagKV
 NONE = "none"
 BUILT_IN: tuple[type[Policy], ...] = (
     StreamingLLM, L2Norm, KeyDiff, SnapKV, PyramidKV, ZigZagKV, AdaKV, CriticalKV, TOVA, H2O, ObservedAttention, D2O,
-    ExpectedAttention, RKV, LRA, LFA, RaaS, NAMM, Random,
+    ExpectedAttention, RKV, LRA, LFA, RaaS, NAMM, DuoAttention, Random,
 )  # fmt: skip
 LAYERS: dict[str, type[LayerAllocator]] = {
     part.name: part for part in (UniformLayers, PyramidLayers, ZigZagLayers, ZipVLLayers, D2OLayers)
@@ -47,14 +49,6 @@ HEADS: dict[str, type[HeadAllocator]] = {part.name: part for part in (EqualHeads
 PARTS: dict[str, dict[str, type[Any]]] = {"layers": LAYERS, "heads": HEADS}
 """What a request may choose beside a policy, by the field that names it."""
 ENTRY_POINT_GROUP = "longreach.policies"
-
-
-class PolicyError(ValueError):
-    """A policy or one of its arguments can't be used. `field` names which, `allowed` says what is."""
-
-    def __init__(self, field: str, problem: str, allowed: str) -> None:
-        super().__init__(f"{field}: {problem} Allowed: {allowed}.")
-        self.field, self.problem, self.allowed = field, problem, allowed
 
 
 @cache
@@ -99,7 +93,7 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
         made = policy(policy.Args.model_validate({k: v for k, v in words.items() if k not in ("policy", *PARTS)}))
     except ValidationError as error:
         raise _explain(policy, error) from None
-    if interval := made.args.interval:
+    if interval := getattr(made.args, "interval", 0):
         if not policy.repeats():
             why = "its heads differ in length" if policy.heads is not EqualHeads else "what it needs is of prompts only"
             raise PolicyError("kv_cache.interval", f"{policy.name} can't compact answers: {why}.", "0")
@@ -126,11 +120,19 @@ def policy_class(words: dict[str, Any]) -> type[Policy]:
         part = words.get(field, usual.name)
         if part == usual.name:  # a third party's policy may bring its own
             chosen[field] = usual
+        elif policy.heads.decides_layers:
+            problem = f"{policy.name} takes no other: its {policy.heads.name} say what each head keeps."
+            raise PolicyError(f"kv_cache.{field}", problem, usual.name)
         elif isinstance(part, str) and part in known:
             chosen[field] = known[part]
         else:
             raise PolicyError(f"kv_cache.{field}", f"there is no such allocator: {part!r}.", ", ".join(known))
     return _variant(policy, chosen["layers"], chosen["heads"])
+
+
+def takes(policy: type[Policy]) -> list[str]:
+    """The fields that a request for this policy may have beside its name."""
+    return [*policy.Args.model_fields, *(() if policy.heads.decides_layers else PARTS)]
 
 
 @cache
@@ -157,7 +159,7 @@ def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
     field = str(first["loc"][0]) if first["loc"] else "policy"
     schema = policy.Args.model_json_schema()["properties"].get(field)
     if schema is None:
-        taken = ", ".join([*policy.Args.model_fields, *PARTS])
+        taken = ", ".join(takes(policy))
         return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", taken)
     problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
     return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
@@ -168,6 +170,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(repr(value) for value in schema["enum"])
     if "anyOf" in schema:
         return "a whole number of tokens or a share of the prompt such as '25%'"
+    if schema.get("type") == "array":
+        return f"a list, each item {_allowed(schema['items'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

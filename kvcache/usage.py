@@ -50,8 +50,10 @@ def kv_cache_usage(
     blocks = -(-seen // page_size)
     freed = report.boundary // page_size - plan.kept_pages if plan and report else 0
     layers = [tokens + seen - report.boundary for tokens in report.layer_tokens] if report else [float(prompt_len)]
+    # Whole tables, such as head gates, would be most of the answer; whoever gave them has them.
+    told = {name: value for name, value in words.items() if not isinstance(value, list)}
     return {
-        **words,
+        **told,
         "prompt_tokens": prompt_len,
         **({"compacted_tokens": seen} if seen > prompt_len else {}),
         "kept_tokens": {"mean": sum(layers) / len(layers), "min": min(layers), "max": max(layers)},

@@ -14,6 +14,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.usage.usage_lib import UsageContext
 
+from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
@@ -21,7 +22,7 @@ from server.metrics import CompressionMetrics
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
 from server.refusals import refuse_config
-from server.settings import in_flags
+from server.settings import house_rules, in_flags
 
 _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins",
                   "vllm.stat_logger_plugins")  # fmt: skip
@@ -148,8 +149,14 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     if platform.unavailable is None:
         refuse_config(config, platform.name)
         choose_scheduler(config)
+    parallel = config.parallel_config
+    shape = ModelShape(
+        config.model_config.get_total_num_hidden_layers(),
+        config.model_config.get_total_num_kv_heads(),
+        parallel.tensor_parallel_size,
+    )
     try:
-        desk = PolicyDesk(default, config.cache_config.block_size, platform.unavailable)
+        desk = PolicyDesk(default, config.cache_config.block_size, platform.unavailable, house_rules(args), shape)
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
     try:

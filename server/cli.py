@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 USAGE = """usage: longreach COMMAND ...
@@ -23,6 +24,8 @@ USAGE = """usage: longreach COMMAND ...
         the KV-cache policies with their arguments, defaults, needs and papers
   explain PROMPT_FILE|- [--output FILE.png|FILE.html] [--kv-policy NAME] [--kv-...] [--model MODEL]
         which tokens of a prompt a policy keeps, by layer, head and position
+  head-gates PROMPT_FILE... --output FILE [--model MODEL]
+        measure which KV heads look far, for the policy duoattention
   doctor
         what this machine can run, and why not"""
 
@@ -34,7 +37,13 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with the exit code, except after success.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"serve": _serve, "policies": _policies, "explain": _explain, "doctor": _doctor}
+    commands = {
+        "serve": _serve,
+        "policies": _policies,
+        "explain": _explain,
+        "head-gates": _head_gates,
+        "doctor": _doctor,
+    }
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     elif argv[:1] in (["--version"], ["-V"]):
@@ -148,6 +157,35 @@ def _policies(argv: list[str]) -> None:
             for name, schema in policy["arguments"]["properties"].items():
                 value = repr(schema["default"]) if "default" in schema else "(needed)"
                 print(f"      {name} = {value:12} {schema.get('description', '')}")
+
+
+def _head_gates(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="longreach head-gates",
+        description="Measure, without training, which KV heads of a model look beyond the first and the last tokens, "
+        "and write a table for `longreach serve --kv-head-gates`.",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT_FILE", help="a long text, sent as a user's message")
+    parser.add_argument("--output", required=True, metavar="FILE", help="table of numbers, a row a layer (TSV)")
+    parser.add_argument("--model", help="folder or repository; left out, the embedded model")
+    parser.add_argument("--sinks", type=int, default=64, help="first tokens that count as near (64)")
+    parser.add_argument("--recent", type=int, default=256, help="last tokens that count as near (256)")
+    parser.add_argument("--window", type=int, default=32, help="last queries that are looked at (32)")
+    args = parser.parse_args(argv)
+
+    from server.embedded import EmbeddedModelError, ensure_embedded_model
+    from server.errors import StartError, one_line
+    from server.gates import write_gates
+    from server.head_gates import Reach, gates_of_texts
+
+    if args.sinks < 0 or args.recent < 0 or args.window < 1:
+        parser.error("--sinks and --recent can't be negative, --window is at least 1")
+    try:
+        texts = [Path(file).read_text(encoding="utf-8") for file in args.prompts]
+        model = args.model or str(ensure_embedded_model())
+        write_gates(args.output, gates_of_texts(model, texts, Reach(args.sinks, args.recent, args.window)))
+    except (StartError, EmbeddedModelError, OSError, UnicodeDecodeError) as error:
+        _fail(one_line(error))
 
 
 def _doctor(argv: list[str]) -> None:

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from kvcache.method import ModelShape
 from kvcache.policies.base import Policy
-from kvcache.registry import NONE, PARTS, PolicyError, make_policy, policies, policy_words
+from kvcache.policies.duoattention import DuoAttention
+from kvcache.registry import NONE, PARTS, PolicyError, make_policy, policies, policy_class, policy_words
+
+
+@dataclass(frozen=True)
+class HouseRules:
+    """What a server sets for every request.
+
+    Attributes:
+        always_keep: first tokens that every policy keeps; a request's `sinks` can only raise it.
+        gates: head gates of the model, for requests whose policy takes some and that bring none.
+    """
+
+    always_keep: int = 4
+    gates: list[list[float]] | None = None
+
+    def applied(self, words: dict[str, Any]) -> dict[str, Any]:
+        """A request's words under these rules.
+
+        Raises:
+            PolicyError: an unknown policy or allocator.
+        """
+        if not isinstance(words, dict) or words.get("policy") == NONE:
+            return words
+        known = policy_class(words).Args.model_fields
+        if self.gates and "gates" in known:
+            words = {"gates": self.gates, **words}
+        sinks = words.get("sinks", known["sinks"].default)
+        if type(sinks) is int and 0 <= sinks < self.always_keep:
+            words = {**words, "sinks": self.always_keep}
+        return words
 
 
 class PolicyDesk:
@@ -18,11 +50,22 @@ class PolicyDesk:
         default: the server's own policy, `{"policy": name, ...}`.
         page_size: tokens per page of the running engine; decides the smallest budget.
         unavailable: None when this build can compress, else why it can't.
+        rules: what holds for every request.
+        model: the served model, once it is known.
     """
 
-    def __init__(self, default: dict[str, Any], page_size: int, unavailable: str | None = None) -> None:
+    def __init__(
+        self,
+        default: dict[str, Any],
+        page_size: int,
+        unavailable: str | None = None,
+        rules: HouseRules | None = None,
+        model: ModelShape | None = None,
+    ) -> None:
         self.page_size, self.unavailable = page_size, unavailable
         self.missing: dict[str, str] = {}
+        self.rules, self.model = rules or HouseRules(), model
+        self._check_gates()
         self.default = self.check(default)
 
     def lacks(self, missing: Mapping[str, str]) -> None:
@@ -37,21 +80,37 @@ class PolicyDesk:
         self.missing.update(missing)
         self.check(self.default)
 
+    def _check_gates(self) -> None:
+        """Whether the server's own gates fit its model, whatever its default policy.
+
+        Raises:
+            PolicyError: they don't.
+        """
+        if self.rules.gates is None:
+            return
+        try:
+            policy = make_policy({"policy": DuoAttention.name, "gates": self.rules.gates})
+            assert policy is not None
+            policy.check_model(self.model)
+        except PolicyError as error:
+            raise PolicyError("kv_cache.head_gates", error.problem, error.allowed) from None
+
     def check(self, words: Any) -> dict[str, Any]:
         """The policy a request gets, with every argument spelled out.
 
         Raises:
             PolicyError: names the field and what is allowed.
         """
-        policy = make_policy(words)
+        policy = make_policy(self.rules.applied(words))
         if policy is None:
             return policy_words(None)
         if self.unavailable:
             raise PolicyError("kv_cache.policy", f"{policy.name} is not available: {self.unavailable}.", NONE)
         if reason := self._why_not(type(policy)):
             raise PolicyError("kv_cache.policy", f"{policy.name} {reason}.", self._runnable())
-        budget, least = policy.args.budget, policy.minimum_budget(self.page_size)
-        if budget.tokens is not None and budget.tokens < least:
+        policy.check_model(self.model)
+        budget, least = getattr(policy.args, "budget", None), policy.minimum_budget(self.page_size)
+        if budget is not None and budget.tokens is not None and budget.tokens < least:
             raise PolicyError(
                 "kv_cache.budget",
                 f"{budget.tokens} is too small for {policy.name} with these arguments.",
@@ -65,6 +124,7 @@ class PolicyDesk:
             "object": "list",
             "default": self.default,
             "page_size": self.page_size,
+            "always_keep": self.rules.always_keep,
             "available": self.unavailable is None,
             "unavailable_reason": self.unavailable,
             "allocators": {field: [part.describe() for part in known.values()] for field, known in PARTS.items()},
@@ -80,6 +140,8 @@ class PolicyDesk:
         }
 
     def _describe(self, policy: type[Policy]) -> dict[str, Any]:
+        if "budget" not in policy.Args.model_fields:
+            return {**policy.describe(), "minimum_budget": None}
         try:
             least = policy(policy.Args.model_validate({})).minimum_budget(self.page_size)
         except ValidationError:  # some argument has no default

@@ -10,10 +10,12 @@ from typing import Any
 
 from kvcache.evidence import Evidence
 from kvcache.namm import NO_WEIGHTS, Network
-from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class
+from kvcache.policies.base import MOST_SINKS
+from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class, takes
 from server.errors import StartError, one_line
+from server.gates import read_gates
 from server.platforms import Platform
-from server.policies import PolicyDesk
+from server.policies import HouseRules, PolicyDesk
 
 _PREFIX = "kv_arg_"
 
@@ -28,6 +30,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--kv-namm-weights", default=None, metavar="FILE", help="Trained weights of the policy namm (safetensors)."
+    )
+    group.add_argument(
+        "--kv-always-keep",
+        default=HouseRules.always_keep,
+        type=int,
+        metavar="N",
+        help="First tokens of a prompt that every policy keeps; `sinks` can only raise it.",
+    )
+    group.add_argument(
+        "--kv-head-gates",
+        default=None,
+        metavar="FILE",
+        help="Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)",
     )
     for field, known in PARTS.items():
         group.add_argument(
@@ -65,10 +80,10 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
     words = {"policy": args.kv_policy, **given}
     try:
         if args.kv_policy in policies():
-            known = [*policy_class(words).Args.model_fields, *PARTS]
+            known = takes(policy_class(words))
             if foreign := [name for name in given if name not in known]:
                 raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
-        desk = PolicyDesk(words, args.block_size or 1, platform.unavailable)
+        desk = PolicyDesk(words, args.block_size or 1, platform.unavailable, house_rules(args))
         desk.lacks({} if args.kv_namm_weights else {Evidence.SPECTROGRAMS.value: NO_WEIGHTS})
         return desk.default
     except PolicyError as error:
@@ -90,6 +105,17 @@ def pass_weights(args: argparse.Namespace) -> None:
         raise StartError(f"--kv-namm-weights: {one_line(error)}") from None
     known = args.additional_config or {}
     args.additional_config = {**known, "longreach": {**known.get("longreach", {}), "namm_weights": file}}
+
+
+def house_rules(args: argparse.Namespace) -> HouseRules:
+    """What the flags say for every request.
+
+    Raises:
+        StartError: a number that is out of bounds, or a file that can't be read.
+    """
+    if not 0 <= args.kv_always_keep <= MOST_SINKS:
+        raise StartError(f"--kv-always-keep: {args.kv_always_keep} tokens; allowed are 0 to {MOST_SINKS}.")
+    return HouseRules(args.kv_always_keep, read_gates(args.kv_head_gates) if args.kv_head_gates else None)
 
 
 def in_flags(error: PolicyError) -> str:

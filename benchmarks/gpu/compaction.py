@@ -21,7 +21,9 @@ from kvcache.scorers import window_attention, window_votes
 from kvcache.tables import PageTables
 
 PAGE, BUDGET = 16, 2048
-POLICIES: list[dict[str, Any]] = [{"policy": policy.name, "budget": BUDGET} for policy in BUILT_IN]
+POLICIES: list[dict[str, Any]] = [
+    {"policy": policy.name, "budget": BUDGET} for policy in BUILT_IN if "budget" in policy.Args.model_fields
+]
 
 
 class Cache:

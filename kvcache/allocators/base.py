@@ -10,6 +10,7 @@ import torch
 from kvcache.allocation import uniform_shares
 from kvcache.evidence import LayerEvidence
 from kvcache.method import Method
+from kvcache.plan import RetentionPlan
 
 
 class Allocator(Method):
@@ -54,6 +55,21 @@ class HeadAllocator(Allocator):
 
     needs_scores: ClassVar[bool] = True
     """Without, every head gets the same and `shares` isn't asked: the GPU would be waited for."""
+
+    decides_layers: ClassVar[bool] = False
+    """Whether `pages` shares over layers too; no layer allocator is asked then."""
+
+    def pages(self, plan: RetentionPlan, low: int) -> torch.Tensor | None:
+        """Pages of each layer and KV head where arguments and lengths alone decide them; else None, and `shares` is
+        asked.
+
+        Args:
+            low: least pages of each.
+
+        Returns:
+            int64 [num_layers, num_kv_heads], on the CPU, with sum `num_layers * num_kv_heads * plan.kept_pages`.
+        """
+        return None
 
     @abstractmethod
     def shares(self, scores: torch.Tensor, tokens: int) -> torch.Tensor:

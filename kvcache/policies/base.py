@@ -13,7 +13,7 @@ from kvcache.allocators.base import EqualHeads, HeadAllocator, LayerAllocator, U
 from kvcache.budget import Budget
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.merging import Merger
-from kvcache.method import Arguments, Method
+from kvcache.method import Arguments, Method, ModelShape
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.column_sums import ColumnSums
@@ -22,12 +22,17 @@ from kvcache.observers.spectrogram import Spectrogram
 from kvcache.observers.window import QueryWindow
 from kvcache.plan import RetentionPlan, minimum_budget, plan_retention, whole_pages
 
+MOST_SINKS = 1024
+"""First tokens that can be kept for sure."""
+
 
 class PolicyArgs(Arguments):
     """Arguments that every compressing policy takes. Unknown fields are errors."""
 
     budget: Budget = Field(1024, validate_default=True)
-    sinks: int = Field(4, ge=0, le=1024, description="First tokens of the prompt that always stay (attention sinks).")
+    sinks: int = Field(
+        4, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay (attention sinks)."
+    )
     suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
     interval: int = Field(
         0, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
@@ -128,6 +133,10 @@ class Policy(Method):
             found.append(Spectrogram(num_layers, prompt_len, model))
         return tuple(found)
 
+    def check_model(self, model: ModelShape | None) -> None:
+        self.layer_allocator.check_model(model)
+        self.head_allocator.check_model(model)
+
     @classmethod
     def repeats(cls) -> bool:
         """Whether it can compact again while the answer grows: heads of equal length, evidence that can be had then."""
@@ -185,5 +194,5 @@ class Policy(Method):
             "repeats": cls.repeats(),
             "layers": cls.layers.name,
             "heads": cls.heads.name,
-            "layer_lengths_differ": cls.layers.lengths_differ,
+            "layer_lengths_differ": cls.layers.lengths_differ or cls.heads.decides_layers,
         }

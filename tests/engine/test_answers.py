@@ -24,9 +24,10 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "adakv", "budget": 208},
     {"policy": "tova", "budget": 144},
     {"policy": "keydiff", "budget": 240, "layers": "zipvl", "heads": "adakv"},
-    {"policy": "rkv", "budget": 152},
+    {"policy": "rkv", "budget": 152, "interval": 0},
+    {"policy": "duoattention", "gates": [[0.1, 0.9], [0.2, 0.3], [0.8, 0.7]], "sinks": 8, "recent": 100},
 ]
-NAMES = [f"{words['policy']}-{words['budget']}" for words in POLICIES]
+NAMES = [f"{words['policy']}-{words.get('budget', 'gates')}" for words in POLICIES]
 # These watch all of a prompt's queries, so they have no use for the prefix cache.
 WATCHERS: list[dict[str, Any]] = [
     {"policy": "h2o", "budget": 160},

@@ -16,7 +16,7 @@ from kvcache.namm import SHAPES, Network
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
-from kvcache.registry import make_policy, policy_class
+from kvcache.registry import make_policy, policies, policy_class
 from kvcache.rotary import Rotary
 from kvcache.tables import PageTables
 
@@ -26,6 +26,8 @@ SCALE = HEAD_DIM**-0.5
 WINDOW = 6
 SINKS = 3
 ROTARY_DIM, ROTARY_BASE = 6, 50.0
+BUDGETED = sorted(set(policies()) - {"duoattention", "raas"})
+"""Policies that keep of a prompt what a budget says; DuoAttention's gates say it instead, RaaS compacts answers."""
 
 
 def words(policy: str, budget: int | str, **arguments: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from kvcache.allocators.base import LayerAllocator
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.criticalkv import CriticalKV
 from kvcache.policies.snapkv import SnapKV
-from kvcache.registry import HEADS, LAYERS, PARTS, policies
+from kvcache.registry import HEADS, LAYERS, PARTS
 from tests.kvcache.brute_force import (
     ada_counts,
     column_sums,
@@ -34,6 +34,7 @@ from tests.kvcache.brute_force import (
     zigzag_tokens,
 )
 from tests.kvcache.synthetic import (
+    BUDGETED,
     PAGE,
     ROTARY_BASE,
     ROTARY_DIM,
@@ -49,7 +50,7 @@ from tests.kvcache.synthetic import (
 
 BUDGET = 70
 NEW = 2 * PAGE + 5
-BY_HAND = sorted(set(policies()) - {"random", "namm", "raas"})
+BY_HAND = sorted(set(BUDGETED) - {"random", "namm"})
 # Merged tokens are no longer those of the prompt: tests/kvcache/test_merging.py.
 WHOLE_TOKENS = {"d2o": {"merge": "none"}}
 SEEDS = {"rkv": 2000}
@@ -67,7 +68,7 @@ def prompt_len(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module", params=sorted(set(policies()) - {"raas"}))  # which compacts answers alone
+@pytest.fixture(scope="module", params=BUDGETED)
 def policy(request: pytest.FixtureRequest) -> str:
     return request.param
 

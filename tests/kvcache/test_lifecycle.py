@@ -14,10 +14,21 @@ from kvcache.evidence import Evidence
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import HEADS, LAYERS, make_policy, policies
-from tests.kvcache.synthetic import MODEL, PAGE, SCALE, SINKS, WINDOW, PagedCache, bits, compress, positions_of, words
+from tests.kvcache.synthetic import (
+    BUDGETED,
+    MODEL,
+    PAGE,
+    SCALE,
+    SINKS,
+    WINDOW,
+    PagedCache,
+    bits,
+    compress,
+    positions_of,
+    words,
+)
 
-ALL = sorted(set(policies()) - {"raas"})
-"""Those that compact prompts."""
+ALL = BUDGETED
 WINDOWED = [name for name in ALL if policies()[name].evidence is Evidence.WINDOW_QUERIES]
 SUMMED = [name for name in ALL if policies()[name].evidence is Evidence.COLUMN_SUMS]
 OBSERVED = [name for name in ALL if policies()[name].needs - {Evidence.NONE, Evidence.KEYS}]

@@ -29,10 +29,10 @@ from kvcache.registry import (
     policy_class,
     policy_words,
 )
-from tests.kvcache.synthetic import PagedCache, compress, words
+from tests.kvcache.synthetic import BUDGETED, PagedCache, compress, words
 
 NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv, criticalkv, tova, "
-NAMES += "h2o, observedattention, d2o, expectedattention, rkv, lra, lfa, raas, namm, random"
+NAMES += "h2o, observedattention, d2o, expectedattention, rkv, lra, lfa, raas, namm, duoattention, random"
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl, d2o", "equal, adakv"
 COMMON = "budget, sinks, suffix, interval"
 ARGUMENTS = f"{COMMON}, window, kernel, pooling, group_reduce, group_stage"
@@ -118,7 +118,7 @@ def test_words_that_are_no_object_are_errors(words: Any) -> None:
         make_policy(words)
 
 
-@pytest.mark.parametrize("policy", sorted(policies()))
+@pytest.mark.parametrize("policy", BUDGETED)
 @pytest.mark.parametrize("budget", [None, 300, "12.5%", "0.00001%", "29%"])
 def test_words_come_back(policy: str, budget: int | str | None) -> None:
     """Scheduler and worker exchange words, so what one writes the other has to read the same."""
@@ -159,7 +159,7 @@ def test_every_argument_comes_back(words: dict[str, Any]) -> None:
 
 
 COMBINATIONS = pytest.mark.parametrize(
-    ("policy", "layers", "heads"), list(product(policies(), LAYERS, HEADS)), ids=lambda value: str(value)
+    ("policy", "layers", "heads"), list(product(BUDGETED, LAYERS, HEADS)), ids=lambda value: str(value)
 )
 
 
@@ -261,12 +261,13 @@ def test_description_is_json_with_defaults_and_bounds(policy: type[Policy]) -> N
     assert all(text[key] for key in ("title", "paper", "evidence", "description"))
     arguments = text["arguments"]["properties"]
     assert set(arguments) == set(policy.Args.model_fields)
-    assert arguments["budget"]["default"] == 1024
-    assert [form["type"] for form in arguments["budget"]["anyOf"]] == ["integer", "string"]
+    if policy.name in BUDGETED:
+        assert arguments["budget"]["default"] == 1024
+        assert [form["type"] for form in arguments["budget"]["anyOf"]] == ["integer", "string"]
     assert all(argument["description"] and "default" in argument for argument in arguments.values())
     assert text["arguments"]["additionalProperties"] is False
     assert (text["layers"], text["heads"]) == (policy.layers.name, policy.heads.name)
-    assert text["layer_lengths_differ"] == (policy.layers.name != "uniform")
+    assert text["layer_lengths_differ"] == (policy.layers.name != "uniform" or policy.heads.decides_layers)
 
 
 def test_descriptions_of_builtin_policies_differ() -> None:
@@ -279,6 +280,7 @@ def test_descriptions_of_builtin_policies_differ() -> None:
         "zigzagkv": ("zigzag", "equal"),
         "d2o": ("d2o", "equal"),
         "adakv": ("uniform", "adakv"),
+        "duoattention": ("uniform", "gates"),
     }
 
 

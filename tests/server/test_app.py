@@ -206,7 +206,11 @@ def test_models_that_cannot_be_served(
 
 def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=32), model_config=SimpleNamespace(served_model_name="m")
+        cache_config=SimpleNamespace(block_size=32),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(
+            served_model_name="m", get_total_num_hidden_layers=lambda: 2, get_total_num_kv_heads=lambda: 1
+        ),
     )
     monkeypatch.setattr("server.app.AsyncEngineArgs.create_engine_config", lambda *_, **__: config)
     errors: list[Exception] = [RuntimeError("Engine core initialization failed. See root cause above."),

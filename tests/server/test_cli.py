@@ -65,6 +65,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
+COMMANDS = ("serve", "policies", "explain", "head-gates", "doctor")
+
+
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
     """One line on stderr, no traceback, nothing served."""
     lines = outcome.err.splitlines()
@@ -78,9 +81,9 @@ def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     for argv in ((), ("--help",), ("-h",)):
         outcome = run(*argv)
         assert outcome.code == 0
-        assert all(f"\n  {command}" in outcome.out for command in ("serve", "policies", "explain", "doctor"))
+        assert all(f"\n  {command}" in outcome.out for command in COMMANDS)
     assert run("--version").out.strip() == version("longreach")
-    fails(run("server"), "unknown command 'server'", "serve, policies, explain, doctor")
+    fails(run("server"), "unknown command 'server'", ", ".join(COMMANDS))
 
 
 def test_a_named_model_is_served_as_asked(run: Run, tmp_path: Path) -> None:

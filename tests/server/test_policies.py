@@ -32,6 +32,8 @@ def test_the_smallest_budget_is_taken_and_one_less_is_not(page_size: int) -> Non
     desk = PolicyDesk({"policy": "none"}, page_size)
     for described in desk.describe()["data"][1:]:
         least = described["minimum_budget"]
+        if least is None:  # keeps what its gates say
+            continue
         assert desk.check({"policy": described["name"], "budget": least})["budget"] == least
         with pytest.raises(PolicyError, match=f"budget: {least - 1} is too small.*>= {least} tokens"):
             desk.check({"policy": described["name"], "budget": least - 1})

@@ -17,7 +17,7 @@ from server import settings
 from server.errors import StartError
 from server.platforms import Platform
 from server.settings import add_flags, default_policy, pass_weights
-from tests.kvcache.synthetic import random_network
+from tests.kvcache.synthetic import BUDGETED, random_network
 
 CPU = Platform("cpu", None)
 BLOCK = 32
@@ -57,19 +57,21 @@ def test_flags_become_words(argv: tuple[str, ...], words: dict[str, Any]) -> Non
 
 
 def test_every_argument_of_every_policy_has_a_flag() -> None:
+    gates = ("--kv-gates", "[[0.5], [1]]")
     for policy in policies().values():
+        needed = gates if "gates" in policy.Args.model_fields else ()
         given = [
             text
             for name, value in policy(policy.Args.model_validate({})).args.model_dump(mode="json").items()
             for text in (f"--kv-{name.replace('_', '-')}", str(value))
         ]
-        assert chosen("--kv-policy", policy.name, *given) == chosen("--kv-policy", policy.name)
+        assert chosen("--kv-policy", policy.name, *given, *needed) == chosen("--kv-policy", policy.name, *needed)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_argument_of_every_combination_has_a_flag(layers: str, heads: str) -> None:
-    for name in policies():
+    for name in BUDGETED:
         parts = ("--kv-policy", name, "--kv-layers", layers, "--kv-heads", heads)
         usual = policies()[name]
         words = chosen(*parts)
