@@ -1,7 +1,7 @@
-"""What a policy costs beside the model, on a cache of 8B shapes without an engine: watching the prompt's queries in chunks,
-compacting it, and compacting the answer every 128 tokens.
+"""What a policy costs beside the model, on a cache of 8B shapes without an engine: watching the queries of a prompt, in
+chunks, compacting it, and compacting the answer every 128 tokens.
 
-python -m benchmarks.gpu.compaction [--policies NAME,...] [--plain] [PROMPT ...]
+python -m benchmarks.gpu.compaction [--policies NAME,...] [--plain] [--waits] [PROMPT ...]
 
 A policy whose watching or compaction takes over 5 % of stock vLLM's prefill (of `PREFILL_S`) is slow.
 """
@@ -53,6 +53,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 class Cache:
     """A random cache of one prompt, its queries, and room for what stays."""
+
+    waits = False
 
     def __init__(self, prompt: int, fp8: bool = False) -> None:
         layers, self.heads = LLAMA_8B["num_hidden_layers"], LLAMA_8B["num_attention_heads"]
@@ -108,7 +110,9 @@ class Cache:
         order = Compact("r", self.blocks[:source], targets, self.prompt)
         torch.cuda.synchronize()
         began = time.perf_counter()
+        torch.cuda.set_sync_debug_mode("warn" if self.waits else "default")
         pending = compressor.compact(order)
+        torch.cuda.set_sync_debug_mode("default")
         times["host"] = time.perf_counter() - began
         times["compaction"] = pending.finish().seconds
         if boundary := plan.next_boundary(self.prompt):
@@ -157,8 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", type=int, default=[32768, 126000])
     parser.add_argument("--policies", help="some of them, separated by commas")
+    parser.add_argument("--waits", action="store_true", help="warn wherever the host waits for the GPU")
     parser.add_argument("--plain", action="store_true", help="no fp8 cache")
     args = parser.parse_args()
+    Cache.waits = args.waits
     for prompt in args.prompts:
         for fp8 in (False,) if args.plain else (False, True):
             cache = Cache(prompt, fp8)
