@@ -1,6 +1,6 @@
 """`python -m benchmarks.crosscheck`: our kept sets beside kvpress' on the embedded model; docs/crosscheck.md.
 
-Makes an environment of its own for kvpress the first time (about two minutes and 2 GB), so it is no part of CI.
+Makes an environment of its own for kvpress the first time (about two minutes and 1.4 GB), so it is no part of CI.
 Exit code 0 when every method agrees as far as `cases.py` says.
 """
 
@@ -24,12 +24,10 @@ from benchmarks.crosscheck.agreement import Agreement
 from benchmarks.crosscheck.cases import CASES, Case
 from benchmarks.crosscheck.ours import Ours, Prompt
 from benchmarks.quality.passkeys import make_suite, render
-from kvcache.registry import policies
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
-KNOWN = [case for case in CASES if case.words["policy"] in policies()]
 
 
 def environment(folder: Path) -> Path:
@@ -55,11 +53,11 @@ def prompts(model: Path, documents: int, tokens: int) -> list[list[int]]:
 
 def compare(dumps: list[Path]) -> dict[str, Agreement]:
     """Our choices beside the dumped ones, by case."""
-    found = {case.name: Agreement() for case in KNOWN}
+    found = {case.name: Agreement() for case in CASES}
     for file in dumps:
         tensors = load_file(file)
         prompt = Prompt(*(tensors[name] for name in ("keys", "values", "queries", "rotary")))
-        for case in KNOWN:
+        for case in CASES:
             budget = max(1, int(prompt.shape[2] * case.keep))
             found[case.name].add(Ours(case.words, prompt, budget), tensors[case.name])
         print(f"ours: {file.stem}", file=sys.stderr, flush=True)
@@ -92,7 +90,7 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=REPOSITORY / "results-local" / "crosscheck" / "venv")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1800, help="length of each prompt")
-    parser.add_argument("--dumps", type=Path, help="keep kvpress' side there, 2 GB, and use it if it is there")
+    parser.add_argument("--dumps", type=Path, help="keep kvpress' side there, 1.6 GB, and use it if it is there")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     model, python = ensure_embedded_model(), environment(args.venv)
@@ -110,7 +108,7 @@ def main() -> int:
         found = compare([folder / f"{index}.safetensors" for index in range(args.documents)])
     summaries = {name: agreement.summary() for name, agreement in found.items()}
     print(table(summaries))
-    problems = [problem for case in KNOWN for problem in failures(case, summaries[case.name])]
+    problems = [problem for case in CASES for problem in failures(case, summaries[case.name])]
     print("\n".join(problems) or "all methods agree as far as cases.py says")
     if args.out:
         content = {
@@ -123,7 +121,7 @@ def main() -> int:
             "versions": versions,
             "cases": [
                 {"name": c.name, "kvpress": c.press, "longreach": c.words, "kept": c.keep, **summaries[c.name]}
-                for c in KNOWN
+                for c in CASES
             ],
         }
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from kvcache.allocation import apportion
 from kvcache.evidence import LayerEvidence
+from kvcache.model import ModelFacts
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
+from kvcache.rotary import Rotary
 from kvcache.selection import force, keep_top
 
 
@@ -32,14 +32,6 @@ class Prompt:
         """num_layers, num_kv_heads, tokens."""
         num_layers, num_kv_heads, tokens, _ = self.keys.shape
         return num_layers, num_kv_heads, tokens
-
-
-def _model_facts(prompt: Prompt) -> dict[str, Any]:
-    """What observers ask of the model, where this version of ours has observers that do."""
-    if find_spec("kvcache.rotary") is None:
-        return {}
-    facts, rotary = import_module("kvcache.model").ModelFacts, import_module("kvcache.rotary").Rotary
-    return {"model": facts(rotary=rotary(prompt.rotary, neox=True))}
 
 
 class Ours:
@@ -61,13 +53,11 @@ class Ours:
         """What the policy's observers and the cache tell, by layer."""
         (num_layers, _, tokens), prompt = self.prompt.shape, self.prompt
         scale = prompt.keys.shape[-1] ** -0.5
-        model = _model_facts(prompt)
-        observers = self.policy.observers(num_layers, tokens, **model)
+        model = ModelFacts(rotary=Rotary(prompt.rotary, neox=True))
+        observers = self.policy.observers(num_layers, tokens, model)
         found = []
         for layer in range(num_layers):
-            plain = LayerEvidence(layer, prompt.keys[layer], prompt.values[layer], None, scale)
-            if model:
-                setattr(plain, "rotary", model["model"].rotary)  # noqa: B010
+            plain = LayerEvidence(layer, prompt.keys[layer], prompt.values[layer], None, scale, model=model)
             for observer in observers:
                 seen = prompt.queries[layer, observer.first : observer.end]
                 observer.record(layer, observer.first, seen, partial(copy, plain))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.crosscheck.__main__ import KNOWN, failures, table
+from benchmarks.crosscheck.__main__ import failures, table
 from benchmarks.crosscheck.agreement import Agreement
 from benchmarks.crosscheck.cases import CASES, NUM_KV_HEADS, NUM_LAYERS, Case, gates
 from benchmarks.crosscheck.ours import Ours, Prompt
@@ -61,7 +61,7 @@ def test_another_number_of_tokens_shows() -> None:
     assert failures(SNAPKV, agreement.summary()) == [f"{SNAPKV.name}: same_counts is 0.83333, not 1.0"]
 
 
-@pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_runs(case: Case) -> None:
     """On a prompt of the model's shape: kept sets have the asked-for sizes."""
     generator = torch.Generator().manual_seed(2)

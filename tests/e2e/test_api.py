@@ -60,6 +60,12 @@ def test_layers_differ_with_pyramidkv(client: OpenAI) -> None:
     assert kept["mean"] == usage_of(ask(client))["kept_tokens"]["mean"]
 
 
+def test_moments_of_the_queries_compress(client: OpenAI) -> None:
+    """Its workers said at the start that they can rotate queries back."""
+    usage = usage_of(ask(client, {"policy": "expectedattention", "budget": 300}))
+    assert 268 < usage["kept_tokens"]["mean"] <= 300 and usage["weighting"] == "values"
+
+
 def test_a_ratio_is_a_share_of_the_prompt(client: OpenAI) -> None:
     usage = usage_of(ask(client, {"policy": "streamingllm", "budget": "25%"}))
     share = usage["kept_tokens"]["mean"] / usage["prompt_tokens"]
@@ -137,6 +143,7 @@ def test_tool_calls_work_over_a_compressed_prompt(client: OpenAI) -> None:
         ({"policy": "snapkv", "window": "32"}, "kv_cache.window", ">= 1"),
         ({"policy": "snapkv", "kernel": 4}, "kv_cache.kernel", "<= 127"),
         ({"policy": "streamingllm", "window": 32}, "kv_cache.window", "sinks"),
+        ({"policy": "namm"}, "kv_cache.policy", "(--kv-namm-weights FILE)"),
         ("snapkv", "kv_cache", "policy"),
     ],
 )
