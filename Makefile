@@ -72,7 +72,7 @@ quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality.full $(ARGS)
 
 docs: $(STAMP)
-	$(BIN)/python docs/build.py
+	PYTHONPATH=. $(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
