@@ -50,6 +50,11 @@ def ranked(statistic: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(statistic.isnan(), float("nan"))
 
 
+def unknown(statistic: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """NaN where a watched query's attention is: [num_kv_heads, n] and [num_kv_heads, w, n]."""
+    return statistic.masked_fill(attention.isnan().any(1), float("nan"))
+
+
 def last_use(used: torch.Tensor, evidence: LayerEvidence) -> torch.Tensor:
     """When each token was last used; before its first use, when it came.
 

@@ -1,13 +1,19 @@
-"""Compaction alone, on a cache of 8B shapes without an engine: correct, and how long it takes.
+"""What a policy costs beside the model, on a cache of 8B shapes without an engine: watching the queries of a prompt, in
+chunks, compacting it, and compacting the answer every 128 tokens.
 
-python -m benchmarks.gpu.compaction [PROMPT ...]
+python -m benchmarks.gpu.compaction [--policies NAME,...] [--plain] [--waits] [PROMPT ...]
+
+A policy whose watching or compaction takes over 5 % of stock vLLM's prefill (of `PREFILL_S`) is slow.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import statistics
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +21,40 @@ import torch
 from benchmarks.gpu.engine import LLAMA_8B, say
 from kvcache.compressor import Compact, Compressor, Start
 from kvcache.evidence import PagedEvidence, QuantScales
+from kvcache.model import ModelFacts
 from kvcache.pages import InterleavedCodec, PageGeometry
-from kvcache.registry import BUILT_IN, make_policy
+from kvcache.registry import BUILT_IN, make_policy, policies
+from kvcache.rotary import Rotary
 from kvcache.scorers import window_attention, window_votes
 from kvcache.tables import PageTables
 
-PAGE, BUDGET = 16, 2048
-POLICIES: list[dict[str, Any]] = [
-    {"policy": policy.name, "budget": BUDGET} for policy in BUILT_IN if "budget" in policy.Args.model_fields
-]
+PAGE, BUDGET, CHUNK, INTERVAL = 16, 2048, 8192, 128
+PREFILL_S = {32768: 0.98, 126000: 9.6}
+"""Stock vLLM's prefill of these shapes on one H100, measured by `benchmarks.gpu.claims`."""
+APART = ("raas", "namm", "duoattention")
+"""RaaS compacts answers alone, NAMM needs weights and DuoAttention gates."""
+POLICIES = [policy.name for policy in BUILT_IN if policy.name not in APART]
+
+
+def words_for(policy: str) -> dict[str, Any]:
+    """With an interval where the policy can have one."""
+    return {"policy": policy, "budget": BUDGET, "interval": INTERVAL * policies()[policy].repeats()}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of the GPU's time."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 class Cache:
     """A random cache of one prompt, its queries, and room for what stays."""
+
+    waits = False
 
     def __init__(self, prompt: int, fp8: bool = False) -> None:
         layers, self.heads = LLAMA_8B["num_hidden_layers"], LLAMA_8B["num_attention_heads"]
@@ -46,29 +73,56 @@ class Cache:
     def compressor(self) -> Compressor:
         tables = PageTables(self.geometry, slots=4, width=self.prompt // PAGE, device="cuda")
         quant = [QuantScales(0.5, 0.25, 2.0)] * self.layers if self.fp8 else ()
-        return Compressor(self.geometry, self.codec, self.pages, tables, scale=self.dim**-0.5, quant=quant)
+        angles = torch.arange(self.prompt, device="cuda")[:, None] * 500000.0 ** (
+            -torch.arange(self.dim // 2, device="cuda") / (self.dim // 2)
+        )
+        model = ModelFacts(Rotary(torch.cat([angles.cos(), angles.sin()], -1), neox=True))
+        return Compressor(self.geometry, self.codec, self.pages, tables, scale=self.dim**-0.5, quant=quant, model=model)
 
     def queries(self, window: int) -> torch.Tensor:
         queries = torch.randn(window, self.heads, self.dim, dtype=torch.bfloat16, device="cuda")
         return queries.to(torch.float8_e4m3fn) if self.fp8 else queries
 
-    def compact(self, compressor: Compressor, words: dict[str, Any]) -> tuple[float, float]:
-        """Seconds of the GPU's work and seconds until the host went on."""
-        policy = make_policy(words)
-        assert policy is not None
-        plan = policy.plan(self.prompt, PAGE)
+    def watch(self, compressor: Compressor, first: int, last: int) -> None:
+        """All layers of these positions, in chunks."""
+        blocks = torch.tensor(self.blocks, device="cuda")
+        queries = self.queries(CHUNK)
+        for start in range(first, last, CHUNK):
+            end = min(start + CHUNK, last)
+            for observer in compressor.observers("r"):
+                begin, stop = observer.overlap(start, end)
+                for layer in range(self.layers if begin < stop else 0):
+                    pages = self.geometry.pages_of(layer, blocks[: -(-end // PAGE)])
+                    so_far = partial(compressor.evidence, layer, pages, end)
+                    observer.record(layer, begin, queries[: stop - begin], so_far)
+
+    def compact(self, policy: str) -> dict[str, float]:
+        """Milliseconds of the GPU's work, and until the host went on after the compaction of the prompt."""
+        compressor, words = self.compressor(), words_for(policy)
+        built = make_policy(words)
+        assert built is not None
+        plan = built.plan(self.prompt, PAGE)
         assert plan is not None
         compressor.start(Start("r", words, plan))
-        for observer in compressor.observers("r"):
-            for layer in range(self.layers):
-                observer.record(layer, observer.first, self.queries(observer.end - observer.first))
+        times = {"watching": timed(lambda: self.watch(compressor, 0, self.prompt))}
         source = -(-self.prompt // PAGE)
-        order = Compact("r", self.blocks[:source], self.blocks[source : source + plan.kept_pages], self.prompt)
+        targets = self.blocks[source : source + plan.kept_pages]
+        order = Compact("r", self.blocks[:source], targets, self.prompt)
         torch.cuda.synchronize()
         began = time.perf_counter()
+        torch.cuda.set_sync_debug_mode("warn" if self.waits else "default")
         pending = compressor.compact(order)
-        host = time.perf_counter() - began
-        return pending.finish().seconds, host
+        torch.cuda.set_sync_debug_mode("default")
+        times["host"] = time.perf_counter() - began
+        times["compaction"] = pending.finish().seconds
+        if boundary := plan.next_boundary(self.prompt):
+            # What the answer's keys are makes no difference: blocks of the prompt stand in for its own.
+            appended = self.blocks[: boundary // PAGE - self.prompt // PAGE]
+            for observer in compressor.observers("r"):
+                for layer in range(self.layers):
+                    observer.record(layer, observer.first, self.queries(observer.end - observer.first))
+            times["interval"] = compressor.compact(Compact("r", appended, [], boundary)).finish().seconds
+        return {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in times.items()}
 
 
 def check_votes(cache: Cache) -> None:
@@ -91,23 +145,35 @@ def check_votes(cache: Cache) -> None:
         same_top=min(overlap))  # fmt: skip
 
 
-def main(prompts: list[int]) -> None:
-    for prompt in prompts:
-        for fp8 in (False, True):
+def measure(cache: Cache, policy: str) -> None:
+    """Medians of three runs after one, or the second of two where one takes seconds."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = cache.compact(policy)
+    runs = [cache.compact(policy) for _ in range(3 if sum(first.values()) < 3e3 else 1)]
+    times = {name: statistics.median(run[name] for run in runs) for name in first}
+    share = (times["watching_ms"] + times["compaction_ms"]) / 10 / PREFILL_S.get(cache.prompt, math.inf)
+    say(prompt=cache.prompt, fp8=cache.fp8, policy=policy, **times, percent_of_prefill=round(share, 2),
+        slow=share > 5, workspace_mib=(torch.cuda.max_memory_allocated() - before) >> 20)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", type=int, default=[32768, 126000])
+    parser.add_argument("--policies", help="some of them, separated by commas")
+    parser.add_argument("--waits", action="store_true", help="warn wherever the host waits for the GPU")
+    parser.add_argument("--plain", action="store_true", help="no fp8 cache")
+    args = parser.parse_args()
+    Cache.waits = args.waits
+    for prompt in args.prompts:
+        for fp8 in (False,) if args.plain else (False, True):
             cache = Cache(prompt, fp8)
             check_votes(cache)
-            compressor = cache.compressor()
-            for words in POLICIES:
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                times = [cache.compact(compressor, words) for _ in range(6)][2:]
-                gpu, host = (statistics.median(values) for values in zip(*times, strict=True))
-                peak = torch.cuda.max_memory_allocated() - before
-                say(prompt=prompt, fp8=fp8, policy=words["policy"], compaction_ms=round(gpu * 1e3, 2),
-                    host_ms=round(host * 1e3, 2), workspace_mib=peak >> 20)  # fmt: skip
-            del cache, compressor
+            for policy in args.policies.split(",") if args.policies else POLICIES:
+                measure(cache, policy)
+            del cache
             torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [32768, 126000])
+    main()

@@ -6,7 +6,6 @@ import torch
 
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.lra import Attendre
-from kvcache.usage_tracking import ranked
 
 
 class LFA(Attendre):
@@ -20,10 +19,7 @@ class LFA(Attendre):
     name = "lfa"
     title = "LFA: least frequently attended tokens go first"
 
-    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        return ranked(self.carry(evidence))
-
-    def carry(self, evidence: LayerEvidence) -> torch.Tensor:
+    def statistic(self, used: torch.Tensor, evidence: LayerEvidence) -> torch.Tensor:
         """How often each token was used."""
-        uses = self.used(evidence).sum(1).float()
+        uses = used.sum(1).float()
         return uses if evidence.history is None else uses + evidence.history.nan_to_num(0)

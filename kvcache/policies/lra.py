@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from pydantic import Field
 
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.usage_tracking import last_use, ranked, top_k, watched_attention
+from kvcache.usage_tracking import last_use, ranked, top_k, unknown, watched_attention
 
 
 class Attendre(Policy):
@@ -32,9 +34,17 @@ class Attendre(Policy):
     def recent(self) -> int:
         return self.args.window
 
-    def used(self, evidence: LayerEvidence) -> torch.Tensor:
-        """bool [num_kv_heads, window, n]."""
-        return top_k(watched_attention(evidence), self.args.top)
+    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
+        return ranked(self.carry(evidence))
+
+    def carry(self, evidence: LayerEvidence) -> torch.Tensor:
+        """The statistic of each token's use; NaN where it can't be known."""
+        attention = watched_attention(evidence)
+        return unknown(self.statistic(top_k(attention, self.args.top), evidence), attention)
+
+    @abstractmethod
+    def statistic(self, used: torch.Tensor, evidence: LayerEvidence) -> torch.Tensor:
+        """float32 [num_kv_heads, n] of bool [num_kv_heads, window, n], which queries used which tokens."""
 
 
 class LRA(Attendre):
@@ -49,9 +59,6 @@ class LRA(Attendre):
     name = "lra"
     title = "LRA: least recently attended tokens go first"
 
-    def scores(self, evidence: LayerEvidence) -> torch.Tensor:
-        return ranked(self.carry(evidence))
-
-    def carry(self, evidence: LayerEvidence) -> torch.Tensor:
+    def statistic(self, used: torch.Tensor, evidence: LayerEvidence) -> torch.Tensor:
         """When each token was last used, positions."""
-        return last_use(self.used(evidence), evidence)
+        return last_use(used, evidence)

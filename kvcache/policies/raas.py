@@ -8,7 +8,7 @@ from pydantic import Field
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.plan import RetentionPlan, whole_pages
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.usage_tracking import last_use, ranked, watched_attention
+from kvcache.usage_tracking import last_use, ranked, unknown, watched_attention
 
 
 class RaaS(Policy):
@@ -57,7 +57,7 @@ class RaaS(Policy):
         mass = torch.zeros_like(attention).scatter_add_(-1, of_queries, attention)
         stamps = last_use((mass > self.args.alpha).gather(-1, of_queries), evidence)
         newest = torch.full_like(stamps, float("-inf")).scatter_reduce_(-1, pages, stamps, "amax")
-        return newest.gather(-1, pages)
+        return unknown(newest.gather(-1, pages), attention)
 
 
 def _numbered(pages: torch.Tensor) -> torch.Tensor:

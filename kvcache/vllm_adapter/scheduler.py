@@ -51,9 +51,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
                 "Serve this model with `vllm serve`."
             )
         self.kv_blocks: CompressibleAttentionManager = managers[0]
+        # Of all GPUs together: a block of the scheduler's is one on each.
         self.block_bytes = self.kv_blocks.kv_cache_spec.page_size_bytes * sum(
             len(group.layer_names) for group in self.kv_cache_config.kv_cache_groups
         )
+        self.block_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self.compressions: dict[str, _Compression] = {}
         self.compression_totals = CompressionTotals()
 

@@ -42,7 +42,7 @@ MERGERS: list[dict[str, Any]] = [
 
 def named(policies: list[dict[str, Any]]) -> pytest.MarkDecorator:
     """A test for each of these."""
-    ids = [f"{words['policy']}-{words['budget']}" for words in policies]
+    ids = [f"{words['policy']}-{words.get('budget', 'gates')}" for words in policies]
     return pytest.mark.parametrize("words", policies, ids=ids)
 
 

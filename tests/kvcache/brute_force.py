@@ -322,3 +322,37 @@ def rkv_scores(
         rows.append(softmax(logits))
     votes = pooled([sum(column) / w for column in zip(*rows, strict=True)], "max", kernel)
     return [mix * vote - (1 - mix) * again for vote, again in zip(votes, redundancies(keys, threshold), strict=False)]
+
+
+def uses(queries: list[Matrix], keys: Matrix, scale: float, top: int) -> list[list[int]]:
+    """Of one KV head: at which positions the last queries had a token among the `top` they attend to most.
+
+    Args:
+        queries: [group][w][d], of the query heads that share this KV head, at the last w positions; keys: [n][d].
+    """
+    n, w = len(keys), len(queries[0])
+    found: list[list[int]] = [[] for _ in keys]
+    for row in range(w):
+        seen = n - w + row + 1
+        heads = [
+            softmax([scale * sum(a * b for a, b in zip(head[row], key, strict=True)) for key in keys[:seen]])
+            for head in queries
+        ]
+        mean = [sum(at) / len(heads) for at in zip(*heads, strict=True)]
+        order = sorted(range(seen), key=lambda position: -mean[position])
+        clear_cut([mean[position] for position in order], top)
+        for position in order[:top]:
+            found[position].append(seen - 1)
+    return found
+
+
+def by_age(statistics: list[list[int]]) -> list[list[float]]:
+    """Ranks in each row; of equal numbers the older, which stands first, ranks lower."""
+    rows = []
+    for row in statistics:
+        order = sorted(range(len(row)), key=lambda position: (row[position], position))
+        ranks = [0.0] * len(row)
+        for rank, position in enumerate(order):
+            ranks[position] = float(rank)
+        rows.append(ranks)
+    return rows

@@ -87,7 +87,12 @@ def feed(cache: PagedCache, chunks: list[int]) -> ColumnSums:
         seen = cache.blocks[: -(-(first + size) // cache.page_size)]
         for layer in range(4):
             queries = cache.queries[layer, first : first + size]
-            observer.record(layer, first, queries, partial(paged.evidence, layer, seen, first + size))
+            observer.record(
+                layer,
+                first,
+                queries,
+                partial(paged.evidence, layer, cache.geometry.pages_of(layer, seen), first + size),
+            )
         first += size
     return observer
 
@@ -138,7 +143,7 @@ def test_sums_over_fp8_pages() -> None:
     raw = torch.randint(0, 0x50, (PROMPT, 6, HEAD_DIM), dtype=torch.uint8, generator=generator)
     compressor = cache.compressor()
     compressor.quant = [quant] * 4
-    evidence = compressor.evidence(LAYER, cache.blocks, PROMPT)
+    evidence = compressor.evidence(LAYER, cache.geometry.pages_of(LAYER, cache.blocks), PROMPT)
     observer = ColumnSums(4, PROMPT)
     observer.record(LAYER, 0, raw.view(torch.float8_e4m3fn), lambda: evidence)
     expected = column_sums(dequantise(raw, 0.5), evidence.keys, SCALE, 0)

@@ -16,6 +16,7 @@ from kvcache.policies.snapkv import SnapKV
 from kvcache.registry import HEADS, LAYERS, PARTS
 from tests.kvcache.brute_force import (
     ada_counts,
+    by_age,
     column_sums,
     critical_scores,
     d2o_tokens,
@@ -31,6 +32,7 @@ from tests.kvcache.brute_force import (
     snapkv_votes,
     tokens_holding,
     tova_votes,
+    uses,
     zigzag_tokens,
 )
 from tests.kvcache.synthetic import (
@@ -213,6 +215,12 @@ def scores_by_hand(run: Run, layer: int) -> list[list[float]]:
             expected_attention(moments[i * group : (i + 1) * group], head, own, SCALE, SINKS, args.epsilon)
             for i, (head, own) in enumerate(zip(keys, weights, strict=True))
         ]
+    if policy.name in ("lra", "lfa"):
+        asked = window_queries(run, layer)
+        used = [uses(asked[i * group : (i + 1) * group], head, SCALE, policy.args.top) for i, head in enumerate(keys)]
+        if policy.name == "lfa":
+            return by_age([[len(times) for times in head] for head in used])
+        return by_age([[max([position, *times]) for position, times in enumerate(head)] for head in used])
     assert isinstance(policy, SnapKV), f"write the scores of {policy.name} out by hand here"
     queries = window_queries(run, layer)
     settings = policy.args.model_dump(include={"pooling", "kernel", "group_reduce", "group_stage"})
