@@ -89,8 +89,11 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
             raise PolicyError(f"kv_cache.{extra[0]}", "the policy 'none' takes no arguments.", "no further fields")
         return None
     policy = policy_class(words)
+    arguments = {k: v for k, v in words.items() if k not in ("policy", *PARTS)}
+    if "interval" in policy.Args.model_fields and not policy.repeats():
+        arguments.setdefault("interval", 0)  # with other allocators a policy may lose what it does by default
     try:
-        made = policy(policy.Args.model_validate({k: v for k, v in words.items() if k not in ("policy", *PARTS)}))
+        made = policy(policy.Args.model_validate(arguments))
     except ValidationError as error:
         raise _explain(policy, error) from None
     if interval := getattr(made.args, "interval", 0):

@@ -112,7 +112,7 @@ def test_without_a_model_the_embedded_one_is_served(run: Run, no_unpacking: Path
         assert (outcome.args.model, outcome.args.served_model_name) == (str(no_unpacking), [EMBEDDED_MODEL_NAME])
         assert (outcome.args.port, outcome.args.host) == (8124, "0.0.0.0")
         assert outcome.args.kv_cache_memory_bytes == EMBEDDED_CACHE_BYTES
-        assert outcome.default == {"policy": "streamingllm", "budget": "25%", "sinks": 4}
+        assert outcome.default == {"policy": "streamingllm", "budget": "25%", "sinks": 4, "suffix": 0, "interval": 0}
 
 
 def test_a_config_file_may_name_the_model(run: Run, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from server.scope import current_scope
 from tests.server.asgi import USAGE, Handler, answer, body_messages, exchange, http_scope, post, sent_body
 
 POLICY = {"policy": "streamingllm", "budget": 512}
-WORDS = {"policy": "streamingllm", "budget": 512, "sinks": 4}
+WORDS = {"policy": "streamingllm", "budget": 512, "sinks": 4, "suffix": 0, "interval": 0}
 
 
 def length_seen(handler: Handler) -> int:

@@ -113,7 +113,7 @@ def test_requests_pass_the_middleware(client: Client) -> None:
     response = client().post("/v1/echo", json={"prompt": "hi", "kv_cache": {"policy": "streamingllm"}})
     assert response.json() == {
         "body": {"prompt": "hi"},
-        "words": {"policy": "streamingllm", "budget": 1024, "sinks": 4},
+        "words": {"policy": "streamingllm", "budget": 1024, "sinks": 4, "suffix": 0, "interval": 0},
         "usage": {"prompt_tokens": 7, "kv_cache": USAGE},
     }
     assert int(response.headers["content-length"]) == len(response.content)

@@ -17,7 +17,7 @@ def test_a_checked_policy_names_every_argument() -> None:
     desk = PolicyDesk({"policy": "none"}, 32)
     assert desk.check({"policy": "none"}) == {"policy": "none"}
     words = desk.check({"policy": "streamingllm", "budget": "25%"})
-    assert words == {"policy": "streamingllm", "budget": "25%", "sinks": 4}
+    assert words == {"policy": "streamingllm", "budget": "25%", "sinks": 4, "suffix": 0, "interval": 0}
     assert desk.check(words) == words
 
 

@@ -34,11 +34,15 @@ def test_no_flag_means_no_compression() -> None:
     assert chosen() == {"policy": "none"}
 
 
+LATER = {"suffix": 0, "interval": 0}
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--kv-policy", "streamingllm"), {"policy": "streamingllm", "budget": 1024, "sinks": 4}),
-        (("--kv-policy=streamingllm", "--kv-budget=25%"), {"policy": "streamingllm", "budget": "25%", "sinks": 4}),
+        (("--kv-policy", "streamingllm"), {"policy": "streamingllm", "budget": 1024, "sinks": 4, **LATER}),
+        (("--kv-policy=streamingllm", "--kv-budget=25%"),
+         {"policy": "streamingllm", "budget": "25%", "sinks": 4, **LATER}),
         (("--kv-policy=random", "--kv-budget=512", "--kv-seed=3"),
          {"policy": "random", "budget": 512, "sinks": 4, "recent": 32, "seed": 3}),
         (("--kv-policy", "snapkv", "--kv-pooling", "avg", "--kv-group-reduce", "max"),
@@ -95,9 +99,11 @@ def test_an_own_allocator_that_is_named_goes_without_saying() -> None:
         (("--kv-budget", "25%"), ("--kv-budget without a policy", "--kv-policy NAME", "snapkv")),
         (("--kv-policy", "none", "--kv-sinks", "3"), ("--kv-sinks without a policy",)),
         (("--kv-policy", "streamingllm", "--kv-window", "8", "--kv-seed", "1"),
-         ("--kv-window, --kv-seed: the policy streamingllm takes --kv-budget, --kv-sinks, --kv-layers, --kv-heads.",)),
+         ("--kv-window, --kv-seed: the policy streamingllm takes --kv-budget, --kv-sinks, --kv-suffix, "
+          "--kv-interval, --kv-layers, --kv-heads.",)),
         (("--kv-policy", "streamingllm", "--kv-heads", "adakv", "--kv-mass", "0.9"),
-         ("--kv-mass: the policy streamingllm takes --kv-floor, --kv-budget, --kv-sinks, --kv-layers, --kv-heads.",)),
+         ("--kv-mass: the policy streamingllm takes --kv-floor, --kv-budget, --kv-sinks, --kv-suffix, --kv-interval, "
+          "--kv-layers, --kv-heads.",)),
         (("--kv-layers", "zigzag"), ("--kv-layers without a policy", "--kv-policy NAME")),
         (("--kv-policy", "none", "--kv-heads", "adakv"), ("--kv-heads without a policy",)),
         (("--kv-policy", "snapkv", "--kv-layers", "zig"),
