@@ -91,8 +91,8 @@ def summary(found: Explanation) -> str:
     layers, heads, tokens = mask.shape
     per_head = mask.sum(-1).float()
     by_token = mask.sum((0, 1))
-    first = {"policy": None, "budget": found.words["budget"]}
-    arguments = ", ".join(f"{name} {value}" for name, value in {**first, **found.words}.items() if name != "policy")
+    ordered = sorted(found.words.items(), key=lambda word: word[0] != "budget")
+    arguments = ", ".join(f"{name} {value}" for name, value in ordered if name not in ("policy", "gates"))
     freely = mask[..., chosen].sum().item()
     fifths = [int(part.sum()) for part in mask[..., chosen].flatten(0, 1).sum(0).tensor_split(5)]
     where = ", ".join(f"{part / max(freely, 1):.0%}" for part in fifths)

@@ -77,9 +77,14 @@ class InProcessEngine:
         self._number = 0
 
     @property
-    def _compressor(self) -> Any:
-        worker: Any = self.engine.model_executor.driver_worker.worker
-        return worker.runtime.compressor
+    def _worker(self) -> Any:
+        worker: Any = self.engine.model_executor.driver_worker
+        return worker.worker
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Evidence that can't be gathered here, and why, for `PolicyDesk.lacks`."""
+        return dict(self._worker.missing_evidence())
 
     def run(self, jobs: Sequence[Job], done: Callable[[Job], None] = lambda job: None) -> Sequence[Job]:
         """Run all jobs at once; `done` is called as each of them ends.
@@ -105,7 +110,7 @@ class InProcessEngine:
 
     def _take_kept(self, running: dict[str, Job]) -> None:
         """Remember kept positions before the compressor forgets the request, one step after its end."""
-        compressor = self._compressor
+        compressor = self._worker.runtime.compressor
         if not compressor.keep_positions:
             return
         for name in compressor.requests:

@@ -17,6 +17,7 @@ from benchmarks.quality.arithmetic import compared, mean_divergence, tokens_afte
 from benchmarks.quality.needles import make_multikey
 from benchmarks.quality.passkeys import Passkey, depths, make_passkey, render
 from benchmarks.quality.texts import make_passage
+from kvcache.registry import make_policy
 from server.inprocess import InProcessEngine, Job
 
 KNOWN, UNKNOWN = "known", "unknown"
@@ -100,16 +101,17 @@ def make_cases(tokenizer: Any, tokens: int, document: int, documents: int, seed:
     yield Case("continuation", passage.document + passage.continuation, CONTINUATION)
 
 
-def sampling(case: Case, top: int) -> SamplingParams:
+def sampling(case: Case, top: int, *, reuse: bool = True) -> SamplingParams:
     """For one request.
 
     vLLM recomputes a prompt whose log probabilities are asked for unless it is told not to. With the prefix cache
-    there are none for the cached part (on CPU: uninitialised ones), which we don't read.
+    there are none for the cached part (on CPU: uninitialised ones), which we don't read. `reuse`: False where the
+    continuation itself may be cached, since the prompt isn't compacted before it.
     """
     common: dict[str, Any] = {"temperature": 0.0, "detokenize": False, "flat_logprobs": True}
     if case.key:
         return SamplingParams(max_tokens=ANSWER_TOKENS, logprobs=top, **common)
-    return SamplingParams(max_tokens=1, prompt_logprobs=top, skip_reading_prefix_cache=False, **common)
+    return SamplingParams(max_tokens=1, prompt_logprobs=top, skip_reading_prefix_cache=not reuse, **common)
 
 
 def distributions(case: Case, job: Job) -> list[dict[int, float]]:
@@ -148,7 +150,10 @@ class Meter:
         for cell in self.cells:
             for setting in case.settings:
                 words = {**cell.words, "suffix": case.hidden if setting == UNKNOWN else 0}
-                jobs.append((cell, setting, Job(case.prompt, sampling(case, OTHER_TOP), words)))
+                policy = make_policy(words)
+                plan = policy.plan(len(case.prompt), self.engine.page_size) if policy else None
+                compacts = plan is not None and plan.prompt_len < len(case.prompt)
+                jobs.append((cell, setting, Job(case.prompt, sampling(case, OTHER_TOP, reuse=compacts), words)))
         self.engine.run([job for _, _, job in jobs], lambda _: done())
         at = {"tokens": tokens, "document": document}
         plain = Cell(NONE, "100%", {})

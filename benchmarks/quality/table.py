@@ -15,11 +15,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from server.inprocess import InProcessEngine
 
 EMBEDDED = "embedded"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 QUICK = {"tokens": "1000", "documents": 2, "budgets": "1/4", "policies": ["snapkv", "keydiff", "streamingllm"]}
 """For two cores: about a minute and a half."""
 CACHE = {"cpu": "1G", "cuda": "8G"}
@@ -59,10 +61,15 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def make_cells(labels: Sequence[str] | None, budgets: Sequence[str], page_size: int) -> list[Cell]:
+def make_cells(
+    labels: Sequence[str] | None, budgets: Sequence[str], page_size: int, missing: Mapping[str, str] = NOTHING
+) -> list[Cell]:
     """Every policy at every budget, checked as a server checks a request.
 
-    Without labels, all policies; those that can't be made without further arguments are left out, and said so.
+    Without labels, all policies; those that can't run here, or need further arguments, are left out, and said so.
+
+    Args:
+        missing: evidence that can't be gathered, and why.
 
     Raises:
         ValueError: a policy named by the user, or a budget, is wrong.
@@ -71,16 +78,19 @@ def make_cells(labels: Sequence[str] | None, budgets: Sequence[str], page_size: 
     from server.policies import PolicyDesk
 
     desk = PolicyDesk({"policy": NONE}, page_size)
-    cells = []
+    desk.lacks(missing)
+    cells: list[Cell] = []
     for label in labels or policies():
         policy = parse_policy(label)
         if policy.budget is not None or policy.name == NONE:
             raise ValueError(f"policy {label!r}: budgets are given by --budgets, and `none` is always measured")
+        own = []
         try:
             for budget in budgets:
                 words = {"policy": policy.name, "budget": budget_words(budget), **policy.args}
                 desk.check({**words, "suffix": 0})
-                cells.append(Cell(label, str(words["budget"]), words))
+                own.append(Cell(label, str(words["budget"]), words))
+            cells += own
         except PolicyError as error:
             if labels:
                 raise
@@ -181,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = start(args.model, flags)
         if longest + measure.ANSWER_TOKENS > engine.max_model_len:
             raise ValueError(f"{longest} tokens and an answer don't fit the model's {engine.max_model_len}")
-        cells = make_cells(args.policies, args.budgets.split(","), engine.page_size)
+        cells = make_cells(args.policies, args.budgets.split(","), engine.page_size, engine.missing)
         run(engine, cells, args, progress)
     except (ValueError, StartError, EmbeddedModelError) as error:
         print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
