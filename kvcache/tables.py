@@ -76,8 +76,8 @@ class PageTables:
         slot = self._free.pop()
         device = self.blocks.device
         self.blocks[slot, : blocks.numel()] = blocks
-        self.num_blocks[slot] = blocks.numel()
-        self.first_block[slot] = first_block
+        self.num_blocks[slot].fill_(blocks.numel())  # assigning a number would wait for the device
+        self.first_block[slot].fill_(first_block)
         self.counts[slot] = to_device(counts.int(), device)
         starts = counts.flatten().cumsum(0) - counts.flatten()
         self.starts[slot] = to_device(starts.view_as(counts).int(), device)
@@ -109,7 +109,7 @@ class PageTables:
 
     def advance(self, slot: int, first_block: int) -> None:
         """From now on this is the logical number of the first block that isn't compacted."""
-        self.first_block[slot] = first_block
+        self.first_block[slot].fill_(first_block)
 
     def release(self, slot: int) -> None:
         self._free.append(slot)
