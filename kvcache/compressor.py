@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcache.allocation import apportion
-from kvcache.evidence import HISTORY, POSITIONS, PagedEvidence, QuantScales, quantise
+from kvcache.evidence import HISTORY, POSITIONS, LayerEvidence, PagedEvidence, QuantScales, dequantise, quantise
 from kvcache.merging import Merger
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
@@ -26,6 +26,8 @@ from kvcache.tables import PageTables, to_device
 
 # Bounds the memory of selection and copy: scores looked at together, about 40 bytes each at most.
 _MAX_SCORES = 1 << 23
+# Bounds the memory of scoring several layers of an answer together: tokens of all their heads.
+_MAX_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -300,13 +302,15 @@ class Compressor:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What the policy says of each competing token, float32 [num_layers, num_kv_heads, most]; of each layer, if its
         allocator asks for that, float64 [num_layers], on the CPU; and what it wants to remember of each token."""
+        if request.slot is not None and request.policy.heads_alone and len({*source.tokens}) == len({*self.quant}) == 1:
+            return self._scores_together(request, source)
         g, policy, most = self.geometry, request.policy, max(source.competing)
         scores = torch.full((g.num_layers, g.num_kv_heads, most), float("-inf"), device=self.pages.device)
         memory, statistics = None, []
         for layer, (tokens, competing) in enumerate(zip(source.tokens, source.competing, strict=True)):
             observed = {observer.name: observer.found(layer) for observer in request.observers}
             if request.slot is not None:
-                observed |= self._past(request, layer, tokens)
+                observed |= self._past(request, slice(layer, layer + 1), tokens)
             pages = source.pages[layer, :, : -(-tokens // g.page_size)]
             evidence = self.evidence(layer, pages, tokens, observed)
             scores[layer, :, :competing] = policy.scores(evidence)[:, :competing]
@@ -317,16 +321,41 @@ class Compressor:
                 memory[layer, :, :competing] = carried[:, :competing]
         return scores, torch.stack(statistics).double().cpu() if statistics else None, memory
 
-    def _past(self, request: _Request, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Where a layer's tokens stood, and what was remembered of them."""
+    def _scores_together(self, request: _Request, source: _Source) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        """`_scores` of an answer, some layers at a time as one layer with all their heads."""
+        g, policy, tokens = self.geometry, request.policy, source.tokens[0]
+        scores, memory = [], []
+        together = max(1, _MAX_TOKENS // (g.num_kv_heads * tokens))
+        for layers in torch.arange(g.num_layers).split(together):
+            chosen = slice(int(layers[0]), int(layers[-1]) + 1)
+            content = self.codec.unpack(self.pages[source.pages[chosen].flatten(0, 1)])
+            parts = (part.flatten(1, 2)[:, :tokens] for part in content)
+            quant = self.quant[0]
+            keys, values = (
+                dequantise(part, factor) for part, factor in zip(parts, (quant.key, quant.value), strict=True)
+            )
+            queries = None
+            for observer in request.observers:  # windows, where heads stand alone
+                found = torch.cat([observer.found(layer) for layer in range(chosen.start, chosen.stop)], 1)
+                queries = dequantise(found, quant.query)
+            past = self._past(request, chosen, tokens)
+            evidence = LayerEvidence(chosen.start, keys, values, queries, self.scale, past)
+            scores.append(policy.scores(evidence).unflatten(0, (-1, g.num_kv_heads)))
+            if (carried := policy.carry(evidence)) is not None:
+                memory.append(carried.unflatten(0, (-1, g.num_kv_heads)))
+        return torch.cat(scores), None, torch.cat(memory) if memory else None
+
+    def _past(self, request: _Request, layers: slice, tokens: int) -> dict[str, torch.Tensor]:
+        """Where the tokens of layers of equal length stood, and what was remembered of them; layers follow each other
+        as heads do."""
         assert request.counts is not None and request.positions is not None
-        kept = int(request.counts[layer, 0]) * request.plan.page_size
+        kept = int(request.counts[layers.start, 0]) * request.plan.page_size
         end = request.boundary // request.plan.page_size * request.plan.page_size + tokens - kept
         since = torch.arange(end - (tokens - kept), end, device=self.pages.device)
-        heads = self.geometry.num_kv_heads
-        past = {POSITIONS: torch.cat([request.positions[layer, :, :kept], since.expand(heads, -1)], -1)}
+        positions = request.positions[layers, :, :kept].flatten(0, 1)
+        past = {POSITIONS: torch.cat([positions, since.expand(len(positions), -1)], -1)}
         if request.history is not None:
-            history = request.history[layer, :, :kept]
+            history = request.history[layers, :, :kept].flatten(0, 1)
             past[HISTORY] = F.pad(history, (0, tokens - kept), value=float("nan"))
         return past
 

@@ -93,6 +93,17 @@ class LayerEvidence:
             raise ValueError("the prompt's column sums are needed and were not observed")
         return self.observed["column_sums"]
 
+    @cached_property
+    def watched_attention(self) -> torch.Tensor:
+        """What each of the window's queries gives to each token: float32 [num_kv_heads, w, n].
+
+        Raises:
+            ValueError: the evidence has no queries.
+        """
+        from kvcache.usage_tracking import watched_attention
+
+        return watched_attention(self)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """num_kv_heads, prompt_len, head_dim."""

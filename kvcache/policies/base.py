@@ -67,6 +67,9 @@ class Policy(Method):
     """`evidence` without that of the allocators."""
     needs: ClassVar[frozenset[Evidence]] = frozenset()
     """All evidence that the scorer and the allocators need; `evidence` is the costliest."""
+    heads_alone: ClassVar[bool] = False
+    """Whether a KV head's scores, and what is carried, depend on that head's evidence alone, whichever layer it is of:
+    several layers may then come as one with more heads, which saves a GPU many small steps."""
     watches_answers: ClassVar[bool] = False
     """Whether the policy has its own `answer_observers`, for evidence that is gathered from the answer too."""
     args: Any

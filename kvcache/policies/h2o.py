@@ -9,7 +9,6 @@ from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.usage_tracking import watched_attention
 
 
 class H2O(Policy):
@@ -29,6 +28,7 @@ class H2O(Policy):
     name = "h2o"
     title = "H2O: heavy hitters"
     paper = "arXiv 2306.14048"
+    heads_alone = True
     evidence = Evidence.COLUMN_SUMS
     query_aware = True
     watches_answers = True
@@ -54,4 +54,4 @@ class H2O(Policy):
         """The sums."""
         if evidence.history is None:
             return evidence.column_sums
-        return evidence.history.nan_to_num(0) + watched_attention(evidence).sum(1)
+        return evidence.history.nan_to_num(0) + evidence.watched_attention.sum(1)

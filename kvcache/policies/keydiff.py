@@ -19,6 +19,7 @@ class KeyDiff(Policy):
     name = "keydiff"
     title = "KeyDiff: unlike keys stay"
     paper = "arXiv 2504.15364"
+    heads_alone = True
     evidence = Evidence.KEYS
 
     class Args(PolicyArgs):

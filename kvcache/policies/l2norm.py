@@ -20,6 +20,7 @@ class L2Norm(Policy):
     name = "l2norm"
     title = "L2-norm strategy: low-norm keys stay"
     paper = "arXiv 2406.11430"
+    heads_alone = True
     evidence = Evidence.KEYS
 
     class Args(PolicyArgs):

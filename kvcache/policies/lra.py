@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.usage_tracking import last_use, ranked, top_k, unknown, watched_attention
+from kvcache.usage_tracking import last_use, ranked, top_k, unknown
 
 
 class Attendre(Policy):
@@ -18,6 +18,7 @@ class Attendre(Policy):
     name = "attendre"
     title = "Attendre: eviction by use"
     paper = "arXiv 2401.04881"
+    heads_alone = True
     evidence = Evidence.WINDOW_QUERIES
     query_aware = True
 
@@ -39,7 +40,7 @@ class Attendre(Policy):
 
     def carry(self, evidence: LayerEvidence) -> torch.Tensor:
         """The statistic of each token's use; NaN where it can't be known."""
-        attention = watched_attention(evidence)
+        attention = evidence.watched_attention
         return unknown(self.statistic(top_k(attention, self.args.top), evidence), attention)
 
     @abstractmethod

@@ -8,7 +8,7 @@ from pydantic import Field
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.plan import RetentionPlan, whole_pages
 from kvcache.policies.base import Policy, PolicyArgs
-from kvcache.usage_tracking import last_use, ranked, unknown, watched_attention
+from kvcache.usage_tracking import last_use, ranked, unknown
 
 
 class RaaS(Policy):
@@ -23,6 +23,7 @@ class RaaS(Policy):
     name = "raas"
     title = "RaaS: pages of the answer by when they were last looked at"
     paper = "arXiv 2502.11147"
+    heads_alone = True
     evidence = Evidence.WINDOW_QUERIES
 
     class Args(PolicyArgs):
@@ -51,7 +52,7 @@ class RaaS(Policy):
 
     def carry(self, evidence: LayerEvidence) -> torch.Tensor:
         """When each token's page was last looked at, positions."""
-        attention = watched_attention(evidence)
+        attention = evidence.watched_attention
         pages = _numbered(evidence.positions // self.args.page)
         of_queries = pages[:, None].expand(attention.shape)
         mass = torch.zeros_like(attention).scatter_add_(-1, of_queries, attention)

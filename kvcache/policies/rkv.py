@@ -31,6 +31,7 @@ class RKV(Policy):
     name = "rkv"
     title = "R-KV: important and not redundant"
     paper = "arXiv 2505.24133"
+    heads_alone = True
     evidence = Evidence.WINDOW_QUERIES
     query_aware = True
 
@@ -55,11 +56,10 @@ class RKV(Policy):
         num_kv_heads, n, _ = evidence.shape
         queries = evidence.window_queries.float().unflatten(1, (num_kv_heads, -1))
         older = n - len(queries)
-        scores = torch.empty(num_kv_heads, older, device=evidence.device)
-        for head, row in enumerate(scores):
-            keys = evidence.keys[head].float()
-            votes = pool(importance(queries[:, head], keys[:older], evidence.scale), "max", self.args.kernel)
-            row.copy_(self.args.mix * votes - (1 - self.args.mix) * redundancy(keys, self.args.threshold)[:older])
+        keys = evidence.keys.float()
+        votes = pool(importance(queries, keys[:, :older], evidence.scale), "max", self.args.kernel)
+        repeated = redundancy(keys, self.args.threshold)[:, :older]
+        scores = self.args.mix * votes - (1 - self.args.mix) * repeated
         return F.pad(scores, (0, len(queries)), value=float("inf"))
 
 
@@ -67,32 +67,34 @@ def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch
     """What queries give to keys that are all older: the largest logit of the group, softmax, mean over queries.
 
     Args:
-        queries: float32 [w, group, head_dim], post-RoPE.
-        keys: float32 [n, head_dim], post-RoPE.
+        queries: float32 [w, num_kv_heads, group, head_dim], post-RoPE.
+        keys: float32 [num_kv_heads, n, head_dim], post-RoPE.
 
     Returns:
-        float32 [n].
+        float32 [num_kv_heads, n].
     """
-    return (queries @ keys.T * scale).amax(1).softmax(-1).mean(0)
+    logits = torch.einsum("whgd,hnd->hwgn", queries, keys) * scale
+    return logits.amax(2).softmax(-1).mean(1)
 
 
 def redundancy(keys: torch.Tensor, threshold: float) -> torch.Tensor:
-    """How much the others repeat each key: float32 [n], sum 1. A block of rows at a time.
+    """How much the others repeat each key: float32 [num_kv_heads, n], rows of sum 1. A block of rows at a time.
 
     Of each row of the matrix of cosines (without its diagonal) the newest key above the threshold is set to zero,
     nothing where there is none; the softmax of the columns' means is the redundancy.
 
     Args:
-        keys: float32 [n, head_dim].
+        keys: float32 [num_kv_heads, n, head_dim].
     """
-    n, unit = len(keys), normalize(keys, dim=-1)
-    total, places = keys.new_zeros(n), torch.arange(n, device=keys.device, dtype=torch.int32)
-    step = max(1, _MAX_COSINES // n)
+    heads, n, _ = keys.shape
+    unit, places = normalize(keys, dim=-1), torch.arange(n, device=keys.device, dtype=torch.int32)
+    total = keys.new_zeros(heads, n)
+    step = max(1, _MAX_COSINES // (heads * n))
     for start in range(0, n, step):
-        cosines = unit[start : start + step] @ unit.T
-        cosines.diagonal(start).zero_()
+        cosines = unit[:, start : start + step] @ unit.transpose(1, 2)
+        cosines.diagonal(start, 1, 2).zero_()
         newest = torch.where(cosines > threshold, places, -1).amax(-1, keepdim=True)
         spared = newest.clamp(min=0).long()
-        cosines.scatter_(1, spared, cosines.gather(1, spared).masked_fill(newest >= 0, 0))
-        total += cosines.sum(0)
+        cosines.scatter_(2, spared, cosines.gather(2, spared).masked_fill(newest >= 0, 0))
+        total += cosines.sum(1)
     return (total / n).softmax(-1)

@@ -25,6 +25,7 @@ class SnapKV(Policy):
     name = "snapkv"
     title = "SnapKV: the last queries vote"
     paper = "arXiv 2404.14469"
+    heads_alone = True
     evidence = Evidence.WINDOW_QUERIES
     query_aware = True
 

@@ -18,6 +18,7 @@ class StreamingLLM(Policy):
     name = "streamingllm"
     title = "StreamingLLM: attention sinks and a recent window"
     paper = "arXiv 2309.17453"
+    heads_alone = True
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         num_kv_heads, prompt_len, _ = evidence.shape

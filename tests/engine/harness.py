@@ -26,7 +26,7 @@ class Job:
     words: dict[str, Any] | None = None
     max_tokens: int = 12
     tokens: list[int] = field(default_factory=list)
-    compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list)
+    compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list, repr=False)
     """(tokens computed, positions kept by layer and KV head), one for each."""
     usage: dict[str, Any] = field(default_factory=dict)
     cached_tokens: int | None = None

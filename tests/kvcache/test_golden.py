@@ -313,28 +313,32 @@ def test_rkv_spares_the_newest_of_like_keys(rows: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(kvcache.policies.rkv, "_MAX_COSINES", 4 * rows)
     keys = torch.tensor([[1.0, 0.0], [1, 0], [0, 1], [1, 0]])
     expected = torch.tensor([0.5, 0.25, 0.0, 0.0]).softmax(-1)
-    torch.testing.assert_close(redundancy(keys, 0.5), expected)
+    torch.testing.assert_close(redundancy(keys[None], 0.5)[0], expected)
     torch.testing.assert_close(expected, torch.tensor([0.334, 0.260, 0.203, 0.203]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(redundancy(keys * torch.tensor([[9.0], [1], [2], [0.1]]), 0.5), expected)
+    torch.testing.assert_close(redundancy((keys * torch.tensor([[9.0], [1], [2], [0.1]]))[None], 0.5)[0], expected)
 
 
 def test_rkv_rows_without_a_similar_key_spare_none() -> None:
     """The published code would take the first key's cosine with each of the others for zero."""
     keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     row = torch.tensor([0.6, 0.6 + 0.8, 0.8]) / 3
-    torch.testing.assert_close(redundancy(keys, 0.9), row.softmax(-1))
+    torch.testing.assert_close(redundancy(keys[None], 0.9)[0], row.softmax(-1))
     spared = torch.tensor([0.6, 0.0, 0.0]) / 3  # rows 0, 1 and 2 lose keys 1, 2 and 1
-    torch.testing.assert_close(redundancy(keys, 0.5), spared.softmax(-1))
+    torch.testing.assert_close(redundancy(keys[None], 0.5)[0], spared.softmax(-1))
 
 
 def test_rkv_importance_takes_the_largest_logit_of_a_group() -> None:
     """Over older keys alone: the window's own keys take no attention from them."""
     queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     keys = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]])
-    torch.testing.assert_close(importance(queries, keys, 1.0), torch.tensor([2.0, 3.0, 1.0]).softmax(-1))
+    torch.testing.assert_close(
+        importance(queries[:, None], keys[None], 1.0)[0], torch.tensor([2.0, 3.0, 1.0]).softmax(-1)
+    )
     evidence = LayerEvidence(0, torch.cat((keys, 50 * keys[:1]))[None], torch.zeros(1, 4, 2), queries, 1.0)
     scores = RKV(RKV.Args.model_validate({"window": 1, "mix": 1.0, "kernel": 1})).scores(evidence)
-    torch.testing.assert_close(scores, torch.tensor([[*importance(queries, keys, 1.0).tolist(), math.inf]]))
+    torch.testing.assert_close(
+        scores, torch.tensor([[*importance(queries[:, None], keys[None], 1.0)[0].tolist(), math.inf]])
+    )
 
 
 def test_rkv_needs_no_more_than_keys_and_queries() -> None:
