@@ -232,7 +232,7 @@ def test_queries_of_an_interval_that_are_missing_are_an_error(policy: str) -> No
 
 def test_orders_that_do_not_fit_an_interval_are_errors() -> None:
     request = grown(cache_of(150), ORDERS["l2norm"], 176)
-    with pytest.raises(RuntimeError, match="doesn't fit the request's plan.*last compacted at 150"):
+    with pytest.raises(RuntimeError, match=r"doesn't fit the request's plan.*last compacted at 150"):
         request.compact(192)
     with pytest.raises(RuntimeError, match="doesn't fit"):
         request.compact(150)

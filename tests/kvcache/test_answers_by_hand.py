@@ -21,7 +21,7 @@ ORDERS: dict[str, dict[str, Any]] = {
     "lfa": {"policy": "lfa", "budget": 80, "top": 5, "window": STEP},
     "lra, pyramid": {"policy": "lra", "budget": 80, "top": 2, "window": STEP, "layers": "pyramid", "beta": 4},
     "raas": {"policy": "raas", "budget": 90, "window": STEP, "alpha": 0.03, "page": PAGE},
-    "raas, small pages": {"policy": "raas", "budget": 90, "window": STEP, "alpha": 0.04, "page": 5},
+    "raas, small pages": {"policy": "raas", "budget": 90, "window": STEP, "alpha": 0.05, "page": 5},
     "raas, all pages": {"policy": "raas", "budget": 90, "window": STEP, "alpha": 0.0},
     "h2o": {"policy": "h2o", "budget": 70, "watch": STEP, "recent_share": 0.3},
     "h2o, no recent": {"policy": "h2o", "budget": 70, "watch": STEP, "recent_share": 0.0},
@@ -30,7 +30,7 @@ ORDERS: dict[str, dict[str, Any]] = {
 
 def by_hand(request: Growing, layer: int, head: int) -> list[tuple[list[int], dict[int, float], list[int]]]:
     """Of each compaction: what was kept, what was known of each token that was there, and all that stayed."""
-    cache, order, plan = request.cache, request.order, request.plan
+    cache, order = request.cache, request.order
     group = cache.num_heads // cache.geometry.num_kv_heads
     queries = cache.queries[layer, :, head * group : (head + 1) * group].transpose(0, 1).tolist()
     arguments = {key: order[key] for key in ("top", "alpha") if key in order}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_boundaries_follow_each_other(plan: RetentionPlan) -> None:
     assert listed[0] == plan.prompt_len
     assert (len(listed) == 1) == (not plan.interval)
     assert all(boundary % plan.page_size == 0 for boundary in listed[1:])
-    assert all(b - a == plan.interval for a, b in zip(listed[1:], listed[2:], strict=False))
+    assert all(b - a == plan.interval for a, b in pairwise(listed[1:]))
     if plan.interval:
         assert 0 < listed[1] - listed[0] <= plan.interval < listed[1] - listed[0] + plan.page_size
 
