@@ -100,7 +100,8 @@ class PendingReport:
 @dataclass
 class _Request:
     """What stays the same, and what the last compaction left: `counts` int64 [num_layers, num_kv_heads] pages, on the
-    CPU; `positions` and `history` [num_layers, num_kv_heads, most], of the kept tokens, a row's own first."""
+    CPU; `positions` and `history` [num_layers, num_kv_heads, most], of the kept tokens, a row's own first;
+    `tail_history` [num_layers, num_kv_heads, n], of the prompt's tail, which was seen and had no need to compete."""
 
     policy: Policy
     plan: RetentionPlan
@@ -110,6 +111,7 @@ class _Request:
     counts: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     history: torch.Tensor | None = None
+    tail_history: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ class Compressor:
         )
         request.boundary = order.boundary
         following = plan.next_boundary(order.boundary)
-        request.observers = policy.answer_observers(g.num_layers, following) if following else ()
+        request.observers = policy.answer_observers(g.num_layers, order.boundary, following) if following else ()
         return PendingReport(report, nan_scores, watch)
 
     def _source(self, request: _Request, order: Compact, blocks: torch.Tensor) -> _Source:
@@ -317,8 +319,9 @@ class Compressor:
             if request.slot is None and (statistic := policy.layer_allocator.statistic(evidence)) is not None:
                 statistics.append(statistic)
             if request.plan.interval and (carried := policy.carry(evidence)) is not None:
-                memory = scores.new_zeros(scores.shape) if memory is None else memory
-                memory[layer, :, :competing] = carried[:, :competing]
+                if memory is None:
+                    memory = scores.new_zeros(*scores.shape[:2], max(source.tokens))
+                memory[layer, :, :tokens] = carried
         return scores, torch.stack(statistics).double().cpu() if statistics else None, memory
 
     def _scores_together(self, request: _Request, source: _Source) -> tuple[torch.Tensor, None, torch.Tensor | None]:
@@ -354,9 +357,9 @@ class Compressor:
         since = torch.arange(end - (tokens - kept), end, device=self.pages.device)
         positions = request.positions[layers, :, :kept].flatten(0, 1)
         past = {POSITIONS: torch.cat([positions, since.expand(len(positions), -1)], -1)}
-        if request.history is not None:
-            history = request.history[layers, :, :kept].flatten(0, 1)
-            past[HISTORY] = F.pad(history, (0, tokens - kept), value=float("nan"))
+        if request.history is not None and request.tail_history is not None:
+            history = torch.cat([request.history[layers, :, :kept], request.tail_history[layers]], -1).flatten(0, 1)
+            past[HISTORY] = F.pad(history, (0, tokens - history.shape[-1]), value=float("nan"))
         return past
 
     def _forced(self, request: _Request, scores: torch.Tensor, source: _Source, begin: int, end: int) -> torch.Tensor:
@@ -379,6 +382,8 @@ class Compressor:
         chosen = torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in kept])
         if memory is not None:
             request.history = memory.gather(-1, chosen.clamp(max=memory.shape[-1] - 1))
+            tail = 0 if request.boundary else plan.tail
+            request.tail_history = memory[..., memory.shape[-1] - tail :].clone()
         if request.boundary:  # they were numbered by place, kept ones first
             before = (request.counts * plan.page_size).to(chosen.device)[..., None]
             assert request.positions is not None

@@ -124,8 +124,8 @@ class LayerEvidence:
 
     @property
     def history(self) -> torch.Tensor | None:
-        """What the policy's `carry` said at the last compaction: float32 [num_kv_heads, n], NaN for tokens that came
-        since; None at the first."""
+        """What the policy's `carry` said at the last compaction, of a prompt's tail too: float32 [num_kv_heads, n], NaN
+        for tokens that came since; None at the first."""
         return self.observed.get(HISTORY)
 
 

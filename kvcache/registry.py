@@ -97,13 +97,26 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
     except ValidationError as error:
         raise _explain(policy, error) from None
     if interval := getattr(made.args, "interval", 0):
+        always = policy.Args.model_json_schema()["properties"]["interval"].get("minimum", 0) > 0
         if not policy.repeats():
-            why = "its heads differ in length" if policy.heads is not EqualHeads else "what it needs is of prompts only"
-            raise PolicyError("kv_cache.interval", f"{policy.name} can't compact answers: {why}.", "0")
+            raise _compacts_no_answers(policy, always)
         if interval < made.least_interval:
             problem = f"{interval} tokens are fewer than {policy.name} watches of each interval."
-            raise PolicyError("kv_cache.interval", problem, f"0 or >= {made.least_interval}")
+            raise PolicyError("kv_cache.interval", problem, f"{'' if always else '0 or '}>= {made.least_interval}")
     return made
+
+
+def _compacts_no_answers(policy: type[Policy], always: bool) -> PolicyError:
+    """Names the interval, or, where there is always one, the allocator that stands against it."""
+    unequal = policy.heads is not EqualHeads
+    why = "its heads differ in length" if unequal else "what it needs is of prompts only"
+    problem = f"{policy.name} can't compact answers: {why}."
+    if not always:
+        return PolicyError("kv_cache.interval", problem, "0")
+    if unequal:
+        return PolicyError("kv_cache.heads", problem, EqualHeads.name)
+    others = [name for name, part in LAYERS.items() if _variant(policy, part, policy.heads).repeats()]
+    return PolicyError("kv_cache.layers", problem, ", ".join(others))
 
 
 def policy_class(words: dict[str, Any]) -> type[Policy]:

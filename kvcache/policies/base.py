@@ -146,14 +146,20 @@ class Policy(Method):
         lasting = {Evidence.NONE, Evidence.KEYS, Evidence.WINDOW_QUERIES}
         return cls.heads is EqualHeads and (cls.watches_answers or cls.needs <= lasting)
 
-    def answer_observers(self, num_layers: int, end: int) -> tuple[Observer, ...]:
-        """What watches the answer before it is compacted at token `end`; only asked where `repeats`."""
-        return (QueryWindow(num_layers, self.query_window, end),) if self.query_window else ()
+    def answer_observers(self, num_layers: int, begin: int, end: int) -> tuple[Observer, ...]:
+        """What watches tokens begin ... end - 1 before they are compacted at `end`; only asked where `repeats`.
+
+        Behind a prompt that ends inside a page the first interval is shorter, maybe than the window: then it watches
+        all of it.
+        """
+        return (QueryWindow(num_layers, min(self.query_window, end - begin), end),) if self.query_window else ()
 
     @property
     def least_interval(self) -> int:
         """Smallest interval in tokens: what watches an answer starts anew after each compaction."""
-        return max((end - observer.first for end in [1 << 40] for observer in self.answer_observers(0, end)), default=1)
+        return max(
+            (end - observer.first for end in [1 << 40] for observer in self.answer_observers(0, 0, end)), default=1
+        )
 
     def first_query(self, prompt_len: int) -> int:
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""

@@ -44,8 +44,8 @@ class H2O(Policy):
         recent = (tokens.double() * self.args.recent_share + 1e-9).long()
         return recent.minimum((tokens - self.args.sinks).clamp(min=0))
 
-    def answer_observers(self, num_layers: int, end: int) -> tuple[Observer, ...]:
-        return (QueryWindow(num_layers, self.args.watch, end),)
+    def answer_observers(self, num_layers: int, begin: int, end: int) -> tuple[Observer, ...]:
+        return (QueryWindow(num_layers, min(self.args.watch, end - begin), end),)
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         return self.carry(evidence)

@@ -50,4 +50,4 @@ class SnapKV(Policy):
             group_reduce=self.args.group_reduce,
             group_stage=self.args.group_stage,
         )
-        return F.pad(votes, (0, self.args.window), value=float("inf"))
+        return F.pad(votes, (0, evidence.shape[1] - votes.shape[-1]), value=float("inf"))

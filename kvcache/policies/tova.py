@@ -33,4 +33,4 @@ class TOVA(Policy):
 
     def scores(self, evidence: LayerEvidence) -> torch.Tensor:
         votes = evidence.window_attention.mean(0).expand(evidence.shape[0], -1)
-        return F.pad(votes, (0, self.args.window), value=float("inf"))
+        return F.pad(votes, (0, evidence.shape[1] - votes.shape[-1]), value=float("inf"))

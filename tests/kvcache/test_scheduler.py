@@ -1,0 +1,172 @@
+"""What the scheduler decides of a request alone: its plan, where its prompt stops, its orders, what a client is told.
+
+The rest is vLLM's; tests/engine runs both together.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcache.compressor import Compact, CompactionReport
+from kvcache.plan import RetentionPlan
+from kvcache.usage import CompressionTotals
+
+pytest.importorskip("vllm")
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from kvcache.vllm_adapter.scheduler import CompressionScheduler, _Compression
+
+PAGE = 16
+
+
+class Alone(CompressionScheduler):
+    """Without an engine: `blocks` in the pool beside the null block."""
+
+    def __init__(self, blocks: int = 1000) -> None:
+        self.planned: dict[str, tuple[RetentionPlan, int]] = {}
+        self.kv_blocks: Any = SimpleNamespace(
+            block_size=PAGE,
+            set_plan=lambda name, plan, prompt_len: self.planned.update({name: (plan, prompt_len)}),
+            req_to_blocks={},
+            target_blocks={},
+        )
+        self.kv_cache_manager: Any = SimpleNamespace(block_pool=SimpleNamespace(num_gpu_blocks=blocks + 1))
+        self.block_bytes = 1000
+        self.compressions = {}
+        self.compression_totals = CompressionTotals()
+
+    def plan(self, words: dict[str, Any] | None, prompt_len: int = 300, max_tokens: int = 500, **other: Any) -> Any:
+        """Give a request its plan; the request."""
+        params = SimpleNamespace(extra_args={"kv_cache": words} if words else None)
+        request: Any = SimpleNamespace(
+            request_id="r",
+            sampling_params=params,
+            num_prompt_tokens=prompt_len,
+            max_tokens=max_tokens,
+            **{"resumable": False, **other},
+        )
+        self._plan(request)
+        return request
+
+    def told(self, request: Any) -> dict[str, Any]:
+        told = self._told(request)["kv_cache"]
+        assert set(told) == {"usage", "totals"} and told["totals"] is self.compression_totals.by_policy
+        usage = told["usage"]
+        assert isinstance(usage, dict)
+        return usage
+
+
+WORDS = {"policy": "streamingllm", "budget": 100, "interval": 64, "suffix": 20}
+
+
+def test_a_plan_is_the_policys() -> None:
+    scheduler = Alone()
+    scheduler.plan(WORDS)
+    plan = RetentionPlan(280, PAGE, 5, pinned=4, interval=64)
+    assert scheduler.planned == {"r": (plan, 300)}
+    assert scheduler.compressions["r"].plan == plan and scheduler.compressions["r"].reason is None
+
+
+@pytest.mark.parametrize("words", [None, {"policy": "none"}, {"policy": "snapkv", "budget": 300}])
+def test_requests_that_are_not_compressed(words: dict[str, Any] | None) -> None:
+    scheduler = Alone()
+    request = scheduler.plan(words)
+    assert scheduler.planned == {} and scheduler.compressions["r"].plan is None
+    usage = scheduler.told(request)
+    assert usage["policy"] == (words or {"policy": "none"})["policy"] and "not_compressed" not in usage
+    assert usage["kept_tokens"]["mean"] == 300 and usage["bytes_freed"] == 0
+
+
+@pytest.mark.parametrize(("max_tokens", "compacts"), [(11, False), (76, False), (77, True), (500, True)])
+def test_an_answer_that_cannot_grow_as_far_is_never_compacted(max_tokens: int, compacts: bool) -> None:
+    """100 tokens fit the budget: 112 and 64 more have to be there, and a token behind them."""
+    scheduler = Alone()
+    scheduler.plan({**WORDS, "suffix": 0}, 100, max_tokens)
+    assert bool(scheduler.planned) == compacts
+    if compacts:
+        assert scheduler.planned["r"][0].prompt_len == 176
+
+
+def test_a_prompt_whose_end_is_not_known_is_not_compressed() -> None:
+    scheduler = Alone()
+    scheduler.plan(WORDS, resumable=True)
+    assert scheduler.planned == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt_len", "needed"),
+    [
+        (WORDS, 300, 19 + 5),  # 301 tokens, the suffix too; 5 pages stay
+        ({**WORDS, "suffix": 0}, 100, 12 + 6),  # 177 tokens when it is compacted first
+        ({"policy": "raas", "budget": 64, "interval": 16}, 100, 13 + 11),  # 7 + 4 pages and one more
+    ],
+)
+def test_a_compaction_that_never_fits_is_left_out_and_told(words: dict[str, Any], prompt_len: int, needed: int) -> None:
+    scheduler = Alone(needed)
+    scheduler.plan(words, prompt_len)
+    assert scheduler.planned and scheduler.compressions["r"].reason is None
+    scheduler = Alone(needed - 1)
+    request = scheduler.plan(words, prompt_len)
+    assert scheduler.planned == {} and scheduler.compressions["r"].plan is None
+    usage = scheduler.told(request)
+    assert usage["not_compressed"] == (
+        f"its compaction would need {needed} blocks, the KV cache has {needed - 1}; a smaller budget needs fewer"
+    )
+    assert usage["policy"] == words["policy"] and usage["kept_tokens"]["mean"] == prompt_len
+
+
+@pytest.mark.parametrize(
+    ("computed", "wanted", "given"),
+    [
+        (0, 300, 280), (0, 280, 280), (0, 279, 279), (270, 30, 10),  # the suffix waits for the compaction
+        (280, 20, 20), (280, 70, 56), (300, 36, 36), (300, 37, 36), (336, 100, 64), (399, 9, 1), (400, 64, 64),
+    ],
+)  # fmt: skip
+def test_chunks_stop_at_boundaries(computed: int, wanted: int, given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_reserve_prefill_lookahead", lambda self, request, computed, new: new)
+    scheduler = Alone()
+    request = scheduler.plan(WORDS)
+    assert scheduler._reserve_prefill_lookahead(request, computed, wanted) == given
+    scheduler.plan(None)
+    assert scheduler._reserve_prefill_lookahead(request, computed, wanted) == wanted
+
+
+@pytest.mark.parametrize("prompt_len", [300, 296])
+def test_orders_name_the_blocks_since_the_last_boundary(prompt_len: int) -> None:
+    """First all of the prompt's, the partly filled one too, and the targets; later the full ones that came since."""
+    scheduler = Alone()
+    scheduler.plan(WORDS, prompt_len)
+    blocks = [SimpleNamespace(block_id=1000 + number) for number in range(40)]
+    scheduler.kv_blocks.req_to_blocks["r"] = blocks
+    scheduler.kv_blocks.target_blocks["r"] = [SimpleNamespace(block_id=number) for number in range(5)]
+    compression: _Compression = scheduler.compressions["r"]
+    first = prompt_len - 20
+    full = first // PAGE
+    expected = [
+        Compact("r", [*range(1000, 1000 + -(-first // PAGE))], [*range(5)], first),
+        Compact("r", [*range(1000 + full, 1000 + full + 4)], [], full * PAGE + 64),
+        Compact("r", [*range(1000 + full + 4, 1000 + full + 8)], [], full * PAGE + 128),
+    ]
+    for order in expected:
+        assert scheduler._compact("r", compression, order.boundary) == order
+        compression.boundary = order.boundary
+
+
+def test_the_last_compaction_is_told() -> None:
+    scheduler = Alone()
+    request = scheduler.plan(WORDS)
+    for boundary, layers in ((280, [88.0, 88.0]), (336, [80.0, 80.0])):
+        report = CompactionReport("r", boundary, layers, 200.0, 4, 0, 0.5)
+        scheduler.compressions["r"].report = report
+        scheduler.compression_totals.add("streamingllm", report)
+    usage = scheduler.told(request)
+    assert usage == {
+        "policy": "streamingllm", "budget": 100, "sinks": 4, "suffix": 20, "interval": 64, "prompt_tokens": 300,
+        "compacted_tokens": 336, "kept_tokens": {"mean": 80.0, "min": 80.0, "max": 80.0}, "bytes_held": 5000,
+        "bytes_freed": 16000,
+    }  # fmt: skip
+    assert scheduler._told(request)["kv_cache"]["totals"]["streamingllm"]["compactions"] == 2
