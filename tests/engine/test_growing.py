@@ -129,8 +129,10 @@ def test_8000_tokens_from_a_prompt_of_1000_in_a_budget_of_1024(engine: Engine) -
 def test_preemption_between_compactions_gives_the_same_answers(engine: Engine, words: dict[str, Any]) -> None:
     """The last of three is preempted when its answer has been compacted already; the replay compacts it again."""
 
+    tokens = 600 if words["policy"] == "raas" else 330  # which begins later
+
     def jobs() -> list[Job]:
-        return [Job(prompt_of(200 + 9 * i, i), words, max_tokens=330) for i in range(3)]
+        return [Job(prompt_of(200 + 9 * i, i), words, max_tokens=tokens) for i in range(3)]
 
     alone = [engine.run([job])[0] for job in jobs()]
     engine.forget_prefixes()
@@ -139,10 +141,12 @@ def test_preemption_between_compactions_gives_the_same_answers(engine: Engine, w
         engine.step()
     taken = []
     while not any(job.preemptions for job in together):
-        assert not all(job.finished for job in together), "nobody was preempted: the test tests nothing"
+        if all(job.finished for job in together):
+            break
         taken += engine.pool.get_new_blocks(engine.free)
         engine.step()
     engine.pool.free_blocks(taken)
+    assert any(job.preemptions for job in together), "the test tests nothing"
     engine.finish()
     assert [job.tokens for job in together] == [job.tokens for job in alone]
     assert max(job.tokens_when_preempted for job in together) > 40

@@ -54,7 +54,11 @@ class Growing:
         scores = self.policy.scores
 
         def shown(evidence: LayerEvidence) -> torch.Tensor:
-            self._shown.append((evidence.positions.clone(), evidence.history))
+            # Layers may come together, as one with all their heads.
+            heads, history = self.cache.geometry.num_kv_heads, evidence.history
+            positions = evidence.positions.clone().split(heads)
+            histories = [None] * len(positions) if history is None else history.split(heads)
+            self._shown += zip(positions, histories, strict=True)
             return scores(evidence)
 
         self.policy.scores = shown  # type: ignore[method-assign]
