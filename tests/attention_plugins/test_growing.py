@@ -72,11 +72,14 @@ def test_compacted_again_in_graphs(make_world: MakeWorld, shape: tuple[int, int,
     neighbours(world)
     graphs = {kind: world.capture(kind, 8) for kind in (BatchKind.COMPACTED, BatchKind.MIXED)}
     growing = ["large", "once", "even", "tail"]
+    tables = world.compressor.tables
+    places = [each.data_ptr() for each in (tables.first_block, tables.counts, tables.starts, tables.blocks)]
     for number in range(20):
         world.check(world.replay(graphs[BatchKind.MIXED], world.requests))
         world.check(world.replay(graphs[BatchKind.COMPACTED], growing[number % 3 :]))
         world.check(world.run(dict.fromkeys(["tail", "plain", "large"], 1)))
     assert min(world.request(name).compactions for name in ("tail", "even", "large")) >= 2
+    assert places == [each.data_ptr() for each in (tables.first_block, tables.counts, tables.starts, tables.blocks)]
 
 
 @pytest.mark.parametrize(("chunk", "fp8"), [(5, False), (16, True)])
