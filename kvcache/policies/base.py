@@ -33,7 +33,7 @@ class PolicyArgs(Arguments):
     sinks: int = Field(
         4, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay (attention sinks)."
     )
-    suffix: int = Field(0, ge=0, description="Last tokens of the prompt that compression neither sees nor drops.")
+    suffix: int = Field(0, ge=0, description="Last tokens of the prompt that its compaction neither sees nor drops.")
     interval: int = Field(
         0, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
     )
