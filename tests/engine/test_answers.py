@@ -176,6 +176,8 @@ def test_a_budget_of_the_prompt_or_more_is_no_policy(engine: Engine, budget: int
     prompt = prompt_of(641)
     (dense,) = engine.run([Job(prompt)])
     for words in POLICIES:
+        if "budget" not in words:
+            continue
         (job,) = engine.run([Job(prompt, {**words, "budget": budget})])
         assert job.tokens == dense.tokens
         assert not job.kept
