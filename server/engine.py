@@ -63,9 +63,9 @@ class LongreachLLM(AsyncLLM):
         policy = make_policy(words)
         page_size = self.desk.page_size
         plan = policy.plan(len(tokens), page_size) if policy and tokens else None
-        if plan is None:
+        if plan is None or plan.prompt_len > len(tokens):  # where the answer grows first, the scheduler looks
             return
-        needed = plan.full_pages + 1 + plan.kept_pages
+        needed = len(tokens) // page_size + 1 + plan.kept_pages
         blocks = self.vllm_config.cache_config.num_gpu_blocks - 1  # one is vLLM's null block
         if needed > blocks:
             raise VLLMValidationError(

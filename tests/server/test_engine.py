@@ -136,6 +136,12 @@ def test_a_prompt_that_never_fits_is_refused_before_the_answer_begins(engine: En
     desk = PolicyDesk(words, 16)
     assert engine([], desk, blocks=12).generate() == []
     fake = engine([], desk, blocks=11)
+    for words in ({"policy": "raas", "budget": 68}, {"policy": "lra", "budget": 120}):
+        assert engine([], PolicyDesk(words, 16), blocks=2).generate() == [], "only its answer is compacted, maybe"
+    suffix = PolicyDesk({"policy": "random", "budget": 68, "recent": 1, "sinks": 4, "suffix": 16}, 16)
+    assert engine([], suffix, blocks=12).generate() == []
+    with pytest.raises(VLLMValidationError, match="need 11 blocks"):
+        engine([], suffix, blocks=11).generate()
     with pytest.raises(VLLMValidationError, match="need 11 blocks of 16 tokens at once, the KV cache has 10") as caught:
         fake.llm.generate(PROMPT, SamplingParams(), "id")  # not yet iterated
     assert caught.value.parameter == "kv_cache.budget"
