@@ -90,14 +90,14 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
         return None
     policy = policy_class(words)
     arguments = {k: v for k, v in words.items() if k not in ("policy", *PARTS)}
-    if "interval" in policy.Args.model_fields and not policy.repeats():
+    always = policy.Args.model_json_schema()["properties"].get("interval", {}).get("minimum", 0) > 0
+    if "interval" in policy.Args.model_fields and not always and not policy.repeats():
         arguments.setdefault("interval", 0)  # with other allocators a policy may lose what it does by default
     try:
         made = policy(policy.Args.model_validate(arguments))
     except ValidationError as error:
         raise _explain(policy, error) from None
     if interval := getattr(made.args, "interval", 0):
-        always = policy.Args.model_json_schema()["properties"]["interval"].get("minimum", 0) > 0
         if not policy.repeats():
             raise _compacts_no_answers(policy, always)
         if interval < made.least_interval:

@@ -247,7 +247,7 @@ def test_merging_in_an_fp8_cache_quantises_anew(rule: str) -> None:
     cache.pages = (torch.randint(0x20, 0x48, cache.pages.shape, generator=generator) + signs).to(torch.uint8)
     compressor = cache.compressor()
     compressor.quant = [quant] * 4
-    evidence = compressor.evidence(1, cache.blocks[:9], 144)
+    evidence = compressor.evidence(1, cache.geometry.pages_of(1, cache.blocks[:9]), 144)
     keys, values = evidence.keys, evidence.values
     plan = cache.start(compressor, words("d2o", 70, merge=rule))
     cache.feed(compressor, [150])

@@ -24,7 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "snapkv", "heads": "adakv", "interval": 64}, "interval",
      f"snapkv can't compact answers: {HEADS_DIFFER}", "0"),
     ({"policy": "h2o", "heads": "adakv", "interval": 1}, "interval", f"h2o can't compact answers: {HEADS_DIFFER}", "0"),
-    ({"policy": "rkv", "heads": "adakv"}, "interval", f"rkv can't compact answers: {HEADS_DIFFER}", "0"),
+    ({"policy": "rkv", "heads": "adakv", "interval": 128}, "interval", f"rkv can't compact answers: {HEADS_DIFFER}", "0"),
     ({"policy": "observedattention", "interval": 64}, "interval",
      f"observedattention can't compact answers: {OF_PROMPTS}", "0"),
     ({"policy": "expectedattention", "interval": 1}, "interval",
@@ -33,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "namm", "interval": 64}, "interval", f"namm can't compact answers: {OF_PROMPTS}", "0"),
     ({"policy": "snapkv", "layers": "d2o", "interval": 64}, "interval",
      f"snapkv can't compact answers: {OF_PROMPTS}", "0"),
-    ({"policy": "lra", "layers": "d2o"}, "interval", f"lra can't compact answers: {OF_PROMPTS}", "0"),
+    ({"policy": "lra", "layers": "d2o", "interval": 128}, "interval", f"lra can't compact answers: {OF_PROMPTS}", "0"),
     ({"policy": "raas", "heads": "adakv"}, "heads", f"raas can't compact answers: {HEADS_DIFFER}", "equal"),
     ({"policy": "raas", "layers": "d2o", "interval": 64}, "layers", f"raas can't compact answers: {OF_PROMPTS}",
      "uniform, pyramid, zigzag, zipvl"),
@@ -65,6 +65,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "duoattention", "interval": 64}, "interval", "duoattention has no such argument",
      "gates, sparsity, sinks, suffix, recent"),
 ]  # fmt: skip
+
+
+def test_an_interval_by_default_stands_against_no_allocator() -> None:
+    for words in ({"policy": "rkv", "heads": "adakv"}, {"policy": "lra", "layers": "d2o"}):
+        made = make_policy(words)
+        assert made is not None and made.args.interval == 0
 
 
 def refused(words: Any, field: str, problem: str, allowed: str, asked: Any) -> None:
