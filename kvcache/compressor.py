@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from kvcache.merging import Merger
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
+from kvcache.orders import Compact, CompactionReport, PendingReport, Start
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -28,73 +28,6 @@ from kvcache.tables import PageTables, to_device
 _MAX_SCORES = 1 << 23
 # Bounds the memory of scoring several layers of an answer together: tokens of all their heads.
 _MAX_TOKENS = 1 << 19
-
-
-@dataclass(frozen=True)
-class Start:
-    """A request with a policy starts (or starts again after preemption)."""
-
-    request_id: str
-    policy: dict[str, Any]
-    plan: RetentionPlan
-
-
-@dataclass(frozen=True)
-class Compact:
-    """A request has reached a boundary of its plan: compact what it holds.
-
-    At the first, `source_blocks` are all blocks of the prompt, the partly filled last one too (its keys are evidence),
-    and `target_blocks` are where the kept tokens go. Later, the sources are the full blocks appended since, and what is
-    kept stays in the same target blocks.
-    """
-
-    request_id: str
-    source_blocks: list[int]
-    target_blocks: list[int]
-    boundary: int
-
-
-@dataclass(frozen=True)
-class CompactionReport:
-    """What a compaction did.
-
-    Attributes:
-        boundary: computed tokens of the request.
-        layer_tokens: tokens that each layer has kept per KV head, the tail included.
-        tokens_seen: tokens per KV head before it, mean over layers.
-        blocks_freed: blocks that the request holds less.
-        nan_scores: scores that could not be computed.
-        seconds: of the device's time.
-    """
-
-    request_id: str
-    boundary: int
-    layer_tokens: list[float]
-    tokens_seen: float
-    blocks_freed: int
-    nan_scores: int
-    seconds: float
-
-    @property
-    def tokens_kept(self) -> float:
-        """Mean over layers."""
-        return sum(self.layer_tokens) / len(self.layer_tokens)
-
-
-class PendingReport:
-    """A compaction whose work may still be running on a GPU."""
-
-    def __init__(self, report: CompactionReport, nan_scores: torch.Tensor, watch: Stopwatch) -> None:
-        self._report, self._watch = report, watch
-        # Copied now, in order with the work itself: reading it later would wait for all that is queued by then.
-        self._nan_scores = torch.empty_like(nan_scores, device="cpu", pin_memory=nan_scores.is_cuda)
-        self._nan_scores.copy_(nan_scores, non_blocking=True)
-        watch.stop()
-
-    def finish(self) -> CompactionReport:
-        """Wait for the work and tell what it did."""
-        seconds = self._watch.seconds()
-        return replace(self._report, nan_scores=int(self._nan_scores), seconds=seconds)
 
 
 @dataclass

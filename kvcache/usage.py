@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcache.compressor import CompactionReport
+from kvcache.orders import CompactionReport
 from kvcache.plan import RetentionPlan
 
 TOTALS = ("compactions", "tokens_seen", "tokens_kept", "blocks_freed", "nan_scores", "seconds")

@@ -13,9 +13,10 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from kvcache.compressor import Compressor, PendingReport
+from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
 from kvcache.observers.base import Observer
+from kvcache.orders import PendingReport
 from kvcache.vllm_adapter.orders import orders_of
 
 _runtimes: dict[int, CompressionRuntime] = {}

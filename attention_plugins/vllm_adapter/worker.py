@@ -16,10 +16,11 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.rotary import UnknownRotary, find_rotary
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
-from kvcache.compressor import Compressor, PendingReport
+from kvcache.compressor import Compressor
 from kvcache.evidence import Evidence, QuantScales
 from kvcache.model import ModelFacts
 from kvcache.namm import NO_WEIGHTS, Network
+from kvcache.orders import PendingReport
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.tables import PageTables
 from kvcache.vllm_adapter.orders import attach_reports

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.engine import LLAMA_8B, say
-from kvcache.compressor import Compact, Compressor, Start
+from kvcache.compressor import Compressor
 from kvcache.evidence import PagedEvidence, QuantScales
 from kvcache.model import ModelFacts
+from kvcache.orders import Compact, Start
 from kvcache.pages import InterleavedCodec, PageGeometry
 from kvcache.registry import BUILT_IN, make_policy, policies
 from kvcache.rotary import Rotary

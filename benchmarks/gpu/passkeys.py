@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.gpu.engine import build, say
 from benchmarks.gpu.pad_heads import pad_heads
-from kvcache.compressor import Compact, Compressor
+from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
+from kvcache.orders import Compact
 from kvcache.selection import force, keep_top
 
 POLICIES: list[dict[str, Any]] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcache.compressor import Compact, CompactionReport, Start
+from kvcache.orders import Compact, CompactionReport, Start
 
 # vLLM's SchedulerOutput and ModelRunnerOutput are plain dataclasses that are passed on whole (or pickled whole), so
 # an attribute of ours travels with them.

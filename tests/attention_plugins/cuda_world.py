@@ -19,8 +19,9 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, set_runtime
-from kvcache.compressor import Compact, Compressor, Start
+from kvcache.compressor import Compressor
 from kvcache.evidence import QuantScales
+from kvcache.orders import Compact, Start
 from kvcache.pages import InterleavedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.tables import PageTables

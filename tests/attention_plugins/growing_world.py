@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvcache.compressor import Compact, Start
+from kvcache.orders import Compact, Start
 from kvcache.plan import RetentionPlan
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.attention_plugins.cuda_world import NULL, PAGE, Request, Step, UnevenCompressor, World

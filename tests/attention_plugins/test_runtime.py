@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for, set_runtime
-from kvcache.compressor import Compact, Start
+from kvcache.orders import Compact, Start
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.kvcache.synthetic import WINDOW, PagedCache, words
 

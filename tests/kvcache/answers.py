@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from attention_plugins.page_rows import page_rows
-from kvcache.compressor import Compact, CompactionReport, Compressor
+from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
+from kvcache.orders import Compact, CompactionReport
 from kvcache.policies.base import Policy
 from tests.kvcache.synthetic import PAGE, PagedCache
 

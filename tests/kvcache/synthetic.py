@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from attention_plugins.page_rows import page_rows
-from kvcache.compressor import Compact, CompactionReport, Compressor, Start
+from kvcache.compressor import Compressor
 from kvcache.model import ModelFacts
 from kvcache.namm import SHAPES, Network
+from kvcache.orders import Compact, CompactionReport, Start
 from kvcache.pages import PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy

@@ -9,8 +9,9 @@ import torch
 
 import kvcache.compressor
 from attention_plugins.page_rows import page_rows
-from kvcache.compressor import Compact, Compressor, Start
+from kvcache.compressor import Compressor
 from kvcache.evidence import Evidence
+from kvcache.orders import Compact, Start
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import HEADS, LAYERS, make_policy, policies

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.compressor import Compact, CompactionReport
+from kvcache.orders import Compact, CompactionReport
 from kvcache.plan import RetentionPlan
 from kvcache.usage import CompressionTotals
 

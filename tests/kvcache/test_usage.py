@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.compressor import CompactionReport
+from kvcache.orders import CompactionReport
 from kvcache.plan import RetentionPlan
 from kvcache.usage import TOTALS, CompressionTotals, kv_cache_usage
 from tests.kvcache.answers import grown
