@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from kvcache.registry import BUILT_IN, PARTS
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "benchmarks" / "results"
+QUALITY, COST = "2026-11-22-quality-table-4000-h100.json", "2026-11-22-cuda-h100-third.json"
+"""What the pages quote; the files say how it was measured."""
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -38,6 +42,22 @@ def _allowed(field: dict[str, Any]) -> str:
     return ", ".join(f"{sign} {field[key]}" for key, sign in _SIGNS.items() if key in field)
 
 
+def measured() -> dict[str, dict[str, Any]]:
+    """By policy, what the result files tell: `scores`, a row for each budget, and `cost`, of a prompt of 32k."""
+    found: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in json.loads((RESULTS / QUALITY).read_text(encoding="utf-8"))["cells"]:
+        row = rows.setdefault((cell["policy"], cell["budget"]), {"budget": cell["budget"]})
+        row[cell["setting"]] = cell
+    for (policy, _), row in rows.items():
+        found.setdefault(policy, {"scores": [], "cost": None})["scores"].append(row)
+    for run in json.loads((RESULTS / COST).read_text(encoding="utf-8"))["runs"]:
+        for row in run["rows"]:
+            if row.get("prompt") == 32768 and "compaction_ms" in row:
+                found[row["policy"]]["cost"] = row
+    return found
+
+
 def pages() -> dict[str, str]:
     """File names and texts."""
     jinja = Environment(
@@ -49,7 +69,12 @@ def pages() -> dict[str, str]:
     parts = {field: [part.describe() for part in known.values()] for field, known in PARTS.items()}
     found = {"README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
     page = jinja.get_template("policy.md.jinja")
-    return found | {f"{policy['name']}.md": page.render(policy=policy) for policy in policies}
+    told = measured()
+    files = {"quality_file": QUALITY, "cost_file": COST}
+    return found | {
+        f"{policy['name']}.md": page.render(policy=policy, measured=told.get(policy["name"]), **files)
+        for policy in policies
+    }
 
 
 def main() -> None:
