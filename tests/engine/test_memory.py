@@ -44,7 +44,7 @@ def test_bytes_per_kept_token_count_kv_heads(engine: Engine) -> None:
     assert job.usage["bytes_held"] / 320 == LAYERS * KV_HEADS * 2 * HEAD_DIM * FLOAT
 
 
-@pytest.mark.parametrize("words", POLICIES, ids=NAMES)
+@named([words for words in POLICIES if "budget" in words])
 def test_kept_memory_grows_with_the_budget(engine: Engine, words: dict[str, Any]) -> None:
     jobs = engine.run([Job(prompt_of(700), {**words, "budget": budget}, 2) for budget in range(110, 760, 50)])
     held = [job.usage["bytes_held"] for job in jobs]
