@@ -118,6 +118,7 @@ def _serve(argv: list[str]) -> None:
 
 def _explain(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the answer is what is printed, not how vLLM starts
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with _start_errors():
         from server.explain import explain
 
