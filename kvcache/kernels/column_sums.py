@@ -5,15 +5,12 @@ Two launches a layer and chunk: the softmax's denominators, then the sums. Logit
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from kvcache.evidence import PagedEvidence
-from kvcache.kernels.window_votes import _MAX_SPLITS, _PROGRAMS, _denominators, _load_keys
-from kvcache.pages import InterleavedCodec
+from kvcache.kernels.window_votes import _load_keys, denominators
 
 
 # Numbers that differ from chunk to chunk are no compile-time constants: a new one must not wait for a compiler.
@@ -56,40 +53,18 @@ def column_sums_paged(evidence: PagedEvidence, queries: torch.Tensor, first: int
     Raises:
         ValueError: the cache isn't laid out token by token.
     """
-    if not isinstance(evidence.codec, InterleavedCodec):
-        raise ValueError(f"the kernels read an InterleavedCodec's pages, not {type(evidence.codec).__name__}'s")
-    g, pages = evidence.geometry, evidence.pages
-    num_kv_heads, _, dim = evidence.shape
-    chunk, num_heads, _ = queries.shape
-    group, length = num_heads // num_kv_heads, first + chunk
-    if pages.element_size() == 1:
-        pages = pages.view(torch.float8_e4m3fn)
-    if queries.element_size() == 1:
-        queries = queries.view(torch.float8_e4m3fn).to(torch.bfloat16)
-    queries = queries.contiguous()
-    dim_2 = max(16, triton.next_power_of_2(dim))
-    rows, keys = 128 if dim_2 <= 128 else 64, 64
-    tiles = triton.cdiv(group * chunk, rows)
-    splits = max(1, min(triton.cdiv(length, 8 * keys), _PROGRAMS // (num_kv_heads * tiles), _MAX_SPLITS))
-    keys_each = triton.cdiv(triton.cdiv(length, splits), keys) * keys
-    splits = triton.cdiv(length, keys_each)
-    partial = torch.empty(num_heads * chunk, splits, device=pages.device)
-    sums = torch.empty(num_kv_heads, length, device=pages.device)
-    table = evidence.page_table
-    width = table.stride(0)
-    scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
-    shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": g.page_size, "DIM": dim, "DIM_2": dim_2}
-    _denominators[(num_kv_heads, tiles, splits)](
-        queries, pages, table, partial, width, length, chunk, scale, splits, keys_each,
-        ROWS=rows, KEYS=keys, **shape, num_warps=4,
-    )  # fmt: skip
-    if splits > 1:
+    num_kv_heads, length = evidence.shape[0], first + len(queries)
+    soft = denominators(evidence, queries, length)
+    sums = torch.empty(num_kv_heads, length, device=evidence.device)
+    partial = soft.partial
+    if partial.shape[1] > 1:
         most = partial.amax(1, keepdim=True)
         partial = most + (partial - most).exp2().sum(1, keepdim=True).log2()
+    dim_2, table = soft.shape["DIM_2"], evidence.page_table
     tile, step = (128, 64) if dim_2 <= 128 else (64, 32)
     _sums[(num_kv_heads, triton.cdiv(length, tile))](
-        queries, pages, table, partial, sums, width, length, chunk, scale,
-        ROWS=step, KEYS=tile, **shape, num_warps=4 if dim_2 <= 64 else 8,
+        soft.queries, soft.pages, table, partial, sums, table.stride(0), length, len(queries), soft.scale,
+        ROWS=step, KEYS=tile, **soft.shape, num_warps=4 if dim_2 <= 64 else 8,
     )  # fmt: skip
     return sums
 

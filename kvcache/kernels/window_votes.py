@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
@@ -130,6 +131,61 @@ def _pool(
     tl.store(scores + head.to(tl.int64) * n + position, result, mask=position < n)
 
 
+class Denominators(NamedTuple):
+    """What `denominators` gives, and what a kernel that goes on from there needs.
+
+    Attributes:
+        queries, pages: as kernels read them: fp8 pages typed as such, fp8 queries as bf16.
+        partial: float32 [num_heads * m, splits], log2 of the sum of exponentials over each part of the keys, a row for
+            each query head and query.
+        scale: what logits are multiplied with, powers of two.
+        shape: compile-time constants.
+    """
+
+    queries: torch.Tensor
+    pages: torch.Tensor
+    partial: torch.Tensor
+    scale: float
+    shape: dict[str, int]
+
+
+def denominators(evidence: PagedEvidence, queries: torch.Tensor, length: int) -> Denominators:
+    """Of the causal softmax of m queries, the last of the first `length` tokens: the first launch of votes and sums.
+
+    Args:
+        queries: [m, num_heads, head_dim], as recorded.
+
+    Raises:
+        ValueError: the cache isn't laid out token by token.
+    """
+    if not isinstance(evidence.codec, InterleavedCodec):
+        raise ValueError(f"the kernels read an InterleavedCodec's pages, not {type(evidence.codec).__name__}'s")
+    num_kv_heads, _, dim = evidence.shape
+    m, num_heads, _ = queries.shape
+    group, pages = num_heads // num_kv_heads, evidence.pages
+    if pages.element_size() == 1:
+        pages = pages.view(torch.float8_e4m3fn)
+    if queries.element_size() == 1:
+        queries = queries.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    queries = queries.contiguous()
+    dim_2 = max(16, triton.next_power_of_2(dim))
+    rows, keys = 128 if dim_2 <= 128 else 64, 64
+    tiles = triton.cdiv(group * m, rows)
+    splits = max(1, min(triton.cdiv(length, 8 * keys), _PROGRAMS // (num_kv_heads * tiles), _MAX_SPLITS))
+    keys_each = triton.cdiv(triton.cdiv(length, splits), keys) * keys
+    splits = triton.cdiv(length, keys_each)
+    partial = torch.empty(num_heads * m, splits, device=pages.device)
+    scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
+    page = evidence.geometry.page_size
+    shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": page, "DIM": dim, "DIM_2": dim_2}
+    table = evidence.page_table
+    _denominators[(num_kv_heads, tiles, splits)](
+        queries, pages, table, partial, table.stride(0), length, m, scale, splits, keys_each,
+        ROWS=rows, KEYS=keys, **shape, num_warps=4,
+    )  # fmt: skip
+    return Denominators(queries, pages, partial, scale, shape)
+
+
 def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
     """See `kvcache.scorers.window_probabilities`.
 
@@ -141,39 +197,17 @@ def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
     Raises:
         ValueError: the evidence has no queries, or the cache isn't laid out token by token.
     """
-    queries, g = evidence.raw_queries, evidence.geometry
-    if queries is None:
+    if evidence.raw_queries is None:
         raise ValueError("the prompt's last queries are needed and were not kept")
-    if not isinstance(evidence.codec, InterleavedCodec):
-        raise ValueError(f"the kernels read an InterleavedCodec's pages, not {type(evidence.codec).__name__}'s")
-    num_kv_heads, length, dim = evidence.shape
-    window, num_heads, _ = queries.shape
-    group, before = num_heads // num_kv_heads, length - window
-    pages = evidence.pages
-    if pages.element_size() == 1:
-        pages = pages.view(torch.float8_e4m3fn)
-    if queries.dtype == torch.float8_e4m3fn:
-        queries = queries.to(torch.bfloat16)
-    dim_2 = max(16, triton.next_power_of_2(dim))
-    rows, keys = 128 if dim_2 <= 128 else 64, 64
-    tiles = triton.cdiv(group * window, rows)
-    splits = max(1, min(triton.cdiv(length, 8 * keys), _PROGRAMS // (num_kv_heads * tiles), _MAX_SPLITS))
-    keys_each = triton.cdiv(triton.cdiv(length, splits), keys) * keys
-    splits = triton.cdiv(length, keys_each)
-    device = pages.device
-    partial = torch.empty(num_heads * window * splits, device=device)
-    votes = torch.empty(num_heads, before, device=device)
-    table = evidence.page_table
-    width = table.stride(0)
-    scale = evidence.scale * evidence.quant.query * evidence.quant.key * math.log2(math.e)
-    shape = {"HEADS": num_kv_heads, "GROUP": group, "PAGE": g.page_size, "DIM": dim, "DIM_2": dim_2}
-    _denominators[(num_kv_heads, tiles, splits)](
-        queries, pages, table, partial, width, length, window, scale, splits, keys_each,
-        ROWS=rows, KEYS=keys, **shape, num_warps=4,
-    )  # fmt: skip
+    num_kv_heads, length, _ = evidence.shape
+    window, num_heads, _ = evidence.raw_queries.shape
+    before = length - window
+    soft = denominators(evidence, evidence.raw_queries, length)
+    votes, table = torch.empty(num_heads, before, device=evidence.device), evidence.page_table
     _votes[(num_kv_heads, triton.cdiv(before, 128))](
-        queries, pages, table, partial, votes, width, length, window, scale, splits,
-        SPLITS=_MAX_SPLITS, **shape,
+        soft.queries, soft.pages, table, soft.partial, votes, table.stride(0), length, window, soft.scale,
+        soft.partial.shape[1],
+        SPLITS=_MAX_SPLITS, **soft.shape,
         ROWS=32, KEYS=128, num_warps=4,
     )  # fmt: skip
     return votes

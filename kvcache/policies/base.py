@@ -39,6 +39,14 @@ class PolicyArgs(Arguments):
     )
 
 
+class AnswerArgs(PolicyArgs):
+    """For policies that are written for long answers."""
+
+    interval: int = Field(
+        128, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
+    )
+
+
 class Policy(Method):
     """Decides what stays after the prompt.
 
@@ -157,9 +165,8 @@ class Policy(Method):
     @property
     def least_interval(self) -> int:
         """Smallest interval in tokens: what watches an answer starts anew after each compaction."""
-        return max(
-            (end - observer.first for end in [1 << 40] for observer in self.answer_observers(0, 0, end)), default=1
-        )
+        end = 1 << 40  # far enough from the beginning for any window
+        return max((end - observer.first for observer in self.answer_observers(0, 0, end)), default=1)
 
     def first_query(self, prompt_len: int) -> int:
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""

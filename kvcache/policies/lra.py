@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from kvcache.evidence import Evidence, LayerEvidence
-from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.policies.base import AnswerArgs, Policy
 from kvcache.usage_tracking import last_use, ranked, top_k, unknown
 
 
@@ -22,10 +22,7 @@ class Attendre(Policy):
     evidence = Evidence.WINDOW_QUERIES
     query_aware = True
 
-    class Args(PolicyArgs):
-        interval: int = Field(
-            128, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
-        )
+    class Args(AnswerArgs):
         window: int = Field(8, ge=1, le=256, description="Last queries, of prompt and of each interval, that count.")
         top: int = Field(32, ge=1, le=4096, description="Tokens that a query uses: those it attends to most.")
 

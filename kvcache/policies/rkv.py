@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.method import Odd
-from kvcache.policies.base import Policy, PolicyArgs
+from kvcache.policies.base import AnswerArgs, Policy
 from kvcache.scorers import pool
 
 # Bounds the memory of `redundancy`: cosines held at once, about 12 bytes each.
@@ -35,10 +35,7 @@ class RKV(Policy):
     evidence = Evidence.WINDOW_QUERIES
     query_aware = True
 
-    class Args(PolicyArgs):
-        interval: int = Field(
-            128, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
-        )
+    class Args(AnswerArgs):
         window: int = Field(8, ge=1, le=1024, description="Last queries that vote; these tokens always stay.")
         kernel: Odd = Field(7, ge=1, le=127, description="Width of the max pooling of importance; odd.")
         mix: float = Field(0.1, ge=0, le=1, description="Weight of importance; that of redundancy is the rest.")

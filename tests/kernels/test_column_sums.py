@@ -119,7 +119,7 @@ def test_keys_in_several_splits(length: int, chunk: int, device: torch.device) -
 
 @pytest.mark.parametrize("programs", [1, 8])
 def test_number_of_splits_does_not_matter(programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.kernels.column_sums._PROGRAMS", programs)
+    monkeypatch.setattr("kvcache.kernels.window_votes._PROGRAMS", programs)
     assert_like_twin(Case(1600, 40, heads=1, group=1), device)
 
 
