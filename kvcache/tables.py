@@ -27,6 +27,7 @@ class PageTables:
         counts: int32 [slots, num_layers, num_kv_heads], compacted pages.
         starts: int32 [slots, num_layers, num_kv_heads], place of the first of them in the request's pool.
         layer_base: int32 [num_layers], the geometry's.
+        identity: the slot of all requests that aren't compacted: no pages, and every block is appended.
     """
 
     def __init__(self, geometry: PageGeometry, *, slots: int, width: int, device: torch.device | str = "cpu") -> None:
@@ -41,11 +42,11 @@ class PageTables:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.geometry = geometry
-        self.blocks = zeros(slots, width)
-        self.num_blocks = zeros(slots) + 1  # a slot that nobody has is read too, and divided by
-        self.first_block = zeros(slots)
-        self.counts = zeros(slots, geometry.num_layers, geometry.num_kv_heads)
+        self.geometry, self.identity = geometry, slots
+        self.blocks = zeros(slots + 1, width)
+        self.num_blocks = zeros(slots + 1) + 1  # a slot that nobody has is read too, and divided by
+        self.first_block = zeros(slots + 1)
+        self.counts = zeros(slots + 1, geometry.num_layers, geometry.num_kv_heads)
         self.starts = torch.zeros_like(self.counts)
         self.layer_base = torch.tensor(geometry.layer_base, dtype=torch.int32, device=device)
         self._free = list(range(slots - 1, -1, -1))
@@ -53,7 +54,7 @@ class PageTables:
     @staticmethod
     def nbytes(num_layers: int, num_kv_heads: int, slots: int, width: int) -> int:
         """Memory that tables of this size take."""
-        return 4 * slots * (width + 2 + 2 * num_layers * num_kv_heads)
+        return 4 * (slots + 1) * (width + 2 + 2 * num_layers * num_kv_heads)
 
     def take(self, counts: torch.Tensor, blocks: torch.Tensor, first_block: int) -> int:
         """Give a request its table and return the table's slot.
@@ -72,7 +73,7 @@ class PageTables:
         if blocks.numel() > self.blocks.shape[1]:
             raise ValueError(f"{blocks.numel()} target blocks, a table has room for {self.blocks.shape[1]}")
         if not self._free:
-            raise RuntimeError(f"all {len(self.blocks)} page tables are in use")
+            raise RuntimeError(f"all {self.identity} page tables are in use")
         slot = self._free.pop()
         device = self.blocks.device
         self.blocks[slot, : blocks.numel()] = blocks

@@ -84,7 +84,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
         runner, tables = self.model_runner, self.runtime.compressor.tables
-        slots, width = tables.blocks.shape
+        slots, width = tables.identity, tables.blocks.shape[1]
         buffers = StepBuffers.make(slots, tables.geometry.num_kv_heads, width, tables.blocks.device)
         for layer in self.attention_layers:
             layer.impl.buffers = buffers

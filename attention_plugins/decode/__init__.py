@@ -1,0 +1,1 @@
+"""Selectors: what a step of decoding reads of a cache that stays whole."""
