@@ -7,7 +7,7 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from kvcache.evidence import Evidence
 
@@ -75,3 +75,32 @@ class Method(ABC):
             "description": inspect.cleandoc(cls.__doc__ or ""),
             "arguments": cls.Args.model_json_schema(),
         }
+
+
+def explain(where: str, name: str, args: type[Arguments], taken: list[str], error: ValidationError) -> PolicyError:
+    """The first of pydantic's errors, in terms of the request's field.
+
+    Args:
+        where: the field that holds the arguments.
+        name: of the method that they are for.
+        taken: the fields it takes.
+    """
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "policy"
+    schema = args.model_json_schema()["properties"].get(field)
+    if schema is None:
+        return PolicyError(f"{where}.{field}", f"{name} has no such argument.", ", ".join(taken))
+    problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
+    return PolicyError(f"{where}.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(repr(value) for value in schema["enum"])
+    if "anyOf" in schema:
+        return "a whole number of tokens or a share of the prompt such as '25%'"
+    if schema.get("type") == "array":
+        return f"a list, each item {_allowed(schema['items'])}"
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
+    return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

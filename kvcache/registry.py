@@ -15,6 +15,7 @@ from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.allocators.zigzag import ZigZagLayers
 from kvcache.allocators.zipvl import ZipVLLayers
 from kvcache.method import PolicyError as PolicyError
+from kvcache.method import explain
 from kvcache.policies.adakv import AdaKV
 from kvcache.policies.base import Policy
 from kvcache.policies.criticalkv import CriticalKV
@@ -96,7 +97,7 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
     try:
         made = policy(policy.Args.model_validate(arguments))
     except ValidationError as error:
-        raise _explain(policy, error) from None
+        raise explain("kv_cache", policy.name, policy.Args, takes(policy), error) from None
     if interval := getattr(made.args, "interval", 0):
         if not policy.repeats():
             raise _compacts_no_answers(policy, always)
@@ -167,27 +168,3 @@ def policy_words(policy: Policy | None) -> dict[str, Any]:
         field: getattr(policy, field).name for field in PARTS if getattr(policy, field) is not getattr(usual, field)
     }
     return {"policy": policy.name, **parts, **policy.args.model_dump(mode="json")}
-
-
-def _explain(policy: type[Policy], error: ValidationError) -> PolicyError:
-    """The first of pydantic's errors, in terms of the request's field."""
-    first = error.errors(include_url=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else "policy"
-    schema = policy.Args.model_json_schema()["properties"].get(field)
-    if schema is None:
-        taken = ", ".join(takes(policy))
-        return PolicyError(f"kv_cache.{field}", f"{policy.name} has no such argument.", taken)
-    problem = first["msg"].removeprefix("Value error, ").removesuffix(f"; got {first['input']!r}")
-    return PolicyError(f"kv_cache.{field}", f"{problem}; got {first['input']!r}.", _allowed(schema))
-
-
-def _allowed(schema: dict[str, Any]) -> str:
-    if "enum" in schema:
-        return ", ".join(repr(value) for value in schema["enum"])
-    if "anyOf" in schema:
-        return "a whole number of tokens or a share of the prompt such as '25%'"
-    if schema.get("type") == "array":
-        return f"a list, each item {_allowed(schema['items'])}"
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

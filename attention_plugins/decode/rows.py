@@ -20,7 +20,9 @@ class Mode(IntFlag):
     SELECT = 2
     """Selects in this step (and reads everything first, where the selector wants that)."""
     REUSE = 4
-    """Reads what an earlier step or layer has selected."""
+    """Reads what an earlier step has selected."""
+    CHECK = 8
+    """Selects or reuses, as the reader finds in each layer. No operation runs for it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class DecodeRows:
         starts: int32 [n], the row's first column in a buffer of scores, a multiple of the page size; columns up to the
             next row's start are its own, at least as many as its logical length in whole pages.
         places: int32 [n], which of the selector's per-request states is the row's; -1 for none.
+        thresholds: float32 [n], one more number of the request's, which its selector knows the meaning of.
     """
 
     tables: PageTables
@@ -50,6 +53,7 @@ class DecodeRows:
     tokens: torch.Tensor
     starts: torch.Tensor
     places: torch.Tensor
+    thresholds: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.slots)

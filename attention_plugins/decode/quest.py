@@ -1,0 +1,64 @@
+"""Quest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attention_plugins.decode.base import Reader, Selector
+from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+from kvcache.pages import PageGeometry
+
+DENSE_LAYERS = 2
+"""First layers that read everything, as in the paper's evaluation."""
+
+
+class QuestReader(Reader):
+    """Smallest and largest element of every page's keys, by channel: a function of the page alone, so it holds for
+    whoever shares the page."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        place = self.place
+        shape = place.num_pages, 2, place.geometry.head_dim
+        self.bounds = torch.zeros(shape, dtype=place.dtype, device=place.device)
+
+    @classmethod
+    def page_bytes(cls, geometry: PageGeometry, itemsize: int, calibration: Mapping[str, torch.Tensor]) -> int:
+        return 2 * geometry.head_dim * itemsize
+
+    def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
+        for cache in caches[DENSE_LAYERS:]:
+            self.ops.write_bounds(self.bounds, cache, *self.in_use(pages[cache.layer], lengths[cache.layer]))
+
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+        if cache.layer < DENSE_LAYERS:
+            self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
+            return
+        scores = self.buffers.scores
+        pages, lengths = self.tables(len(rows))
+        self.ops.grow_bounds(self.bounds, rows, cache, Mode.DENSE | Mode.SELECT)
+        self.ops.page_scores(scores, self.bounds, rows, cache, queries, Mode.SELECT)
+        self.ops.top_pages(pages, lengths, scores, rows, cache, Mode.SELECT)
+        self.read_pages(out, queries, pages, lengths, cache)
+
+
+class Quest(Selector):
+    """Reads the pages whose keys could score highest, by an upper bound from each page's smallest and largest elements.
+
+    The page of the newest tokens is always read, the first two layers read everything. Query heads that share a KV head
+    read the same pages: their bounds are added. A page is one of the KV cache's (16 tokens on GPUs). The bounds take a
+    sixteenth of the cache's memory at that size. Robust where the question changes, since nothing is ever dropped; weak
+    where K is a few pages.
+
+    Formula: `score_p = sum over the group of sum over channels c of max(q_c * min_pc, q_c * max_pc)`; the newest page
+    and the `tokens / page - 1` best others are read.
+    """
+
+    name = "quest"
+    title = "Quest: pages by an upper bound of their keys"
+    paper = "arXiv 2406.10774"
+    reader = QuestReader
+    prepares = True

@@ -1,0 +1,95 @@
+"""TidalDecode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attention_plugins.decode.base import Place, Reader, Selector
+from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+
+FIRST_SELECTION = 2
+"""Layers before it read everything."""
+CORRECTION = 13 / 32
+"""The correction layer by the model's depth, where it wasn't measured: the paper's 13 of Llama-3-8B's 32."""
+
+
+def selection_layers(place: Place, name: str) -> tuple[int, ...]:
+    """Layers that select for those behind them: measured ones (`longreach calibrate`), else the shipped rule."""
+    if f"{name}.layers" in place.calibration:
+        return tuple(place.calibration[f"{name}.layers"].tolist())
+    layers = place.geometry.num_layers
+    return tuple(sorted({min(FIRST_SELECTION, layers - 1), min(round(CORRECTION * layers), layers - 1)}))
+
+
+class TidalReader(Reader):
+    """What one layer has selected, for the layers behind it in the same step."""
+
+    per_head = True
+    """Whether each KV head has a list of its own."""
+
+    name = "tidal"
+    """Of its layers in the calibration."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        place, g = self.place, self.place.geometry
+        self.selecting = selection_layers(place, self.name)
+        heads = g.num_kv_heads if self.per_head else 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=place.device)
+
+        self.chosen, self.counts = zeros(place.rows, heads, place.tokens), zeros(place.rows, heads)
+        self.slots = zeros(place.rows, g.num_kv_heads, place.tokens)
+        self.own = torch.arange(place.rows, dtype=torch.int32, device=place.device)
+
+    @classmethod
+    def nbytes(cls, place: Place) -> int:
+        g = place.geometry
+        heads = g.num_kv_heads if cls.per_head else 1
+        return 4 * place.rows * ((heads + g.num_kv_heads) * place.tokens + heads + 1)
+
+    def whole(self, modes: Mode) -> bool:
+        return bool(modes & Mode.DENSE)
+
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+        n = len(rows)
+        if cache.layer < self.selecting[0] or cache.layer in self.selecting:
+            lse = self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
+            if cache.layer in self.selecting:
+                self.ops.token_scores(self.buffers.scores, rows, cache, queries, Mode.SELECT, lse=lse)
+                self.select(rows, cache)
+            return
+        if whole:
+            self.read_whole(out, queries, rows, cache, Mode.DENSE)
+        slots, counts, own = self.slots[:n], self.counts[:n], self.own[:n]
+        self.ops.place_slots(slots, self.chosen[:n], counts, rows, cache, Mode.SELECT)
+        counts = counts.expand(-1, slots.shape[1])
+        self.ops.slot_attention(out, queries, slots, counts, own, cache, rows, Mode.SELECT)
+
+    def select(self, rows: DecodeRows, cache: LayerCache) -> None:
+        """Choose from the layer's scores what the layers behind it read."""
+        n = len(rows)
+        chosen, counts, own = self.chosen[:n], self.counts[:n], self.own[:n]
+        self.ops.top_slots(chosen, counts, self.buffers.scores, rows, cache, Mode.SELECT, into=own, as_places=True)
+
+
+class Tidal(Selector):
+    """Two layers choose the tokens that all layers behind them read, anew at every step.
+
+    The first two layers read everything, the third as well and chooses; a correction layer does so once more. Of a
+    group of query heads the strongest probability counts (the paper's code keeps a list for each query head). The
+    newest token is always among the chosen. Four of the model's layers read everything, so the saving has an end: a
+    model of 32 layers can't gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no
+    policy.
+
+    Formula: at layers 2 and `c` the K tokens with the highest `max over the group of softmax(q k_j / sqrt d)`.
+    """
+
+    name = "tidal"
+    title = "TidalDecode: two layers choose for all"
+    paper = "arXiv 2410.05076"
+    reader = TidalReader
+    with_policies = False
