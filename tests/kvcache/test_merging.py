@@ -223,6 +223,9 @@ def test_written_tokens_are_read_again(codec: PageCodec, dtype: torch.dtype) -> 
     )
     before, slots = codec.unpack(pages.clone()), torch.randperm(9 * PAGE, generator=generator)[:30]
     codec.write_tokens(pages, slots, keys, values)
+    again = torch.tensor([3, 0, 29, 3])
+    for found, new in zip(codec.read_tokens(pages, slots[again]), (keys, values), strict=True):
+        assert torch.equal(found, new[again])
     for found, old, new in zip(codec.unpack(pages), before, (keys, values), strict=True):
         expected = old.flatten(0, 1).clone()
         expected[slots] = new
