@@ -49,7 +49,7 @@ class RecycledReader(Reader):
             self.ops.top_slots(slots, counts, scores, rows, cache, Mode.SELECT, into=rows.places)
         self.ops.append_newest(slots, counts, rows.places, rows, cache, Mode.REUSE)
         logits = self.logits[: len(rows)]
-        self.ops.slot_attention(out, queries, slots, counts, rows.places, cache, rows, Mode.REUSE, logits=logits)
+        self.ops.slot_attention(out, queries, slots, counts, rows.places, rows, cache, Mode.REUSE, logits=logits)
         self.ops.evict_least(slots, counts, rows.places, rows, logits, Mode.REUSE)
 
     def _checked(self, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> DecodeRows:

@@ -1,4 +1,7 @@
-"""What selectors are made of, in plain torch: the twins of `attention_plugins.kernels`, under the same names."""
+"""What selectors are made of, in plain torch: the twins of `attention_plugins.kernels`, under the same names.
+
+`paged_attention` is the twin of a platform's own kernel.
+"""
 
 from attention_plugins.naive.bounds import grow_bounds, page_bounds, write_bounds
 from attention_plugins.naive.full_rows import full_rows
