@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.engine import build, say
+from benchmarks.gpu.engine import FEW_GRAPHS, build, say
 from benchmarks.gpu.pad_heads import pad_heads
 from benchmarks.quality.expect import Policy, parse_policy
 from benchmarks.quality.passkeys import make_suite
@@ -201,7 +201,7 @@ def main() -> None:
         str(model), max_model_len=8192, gpu_memory_utilization=0.3, max_num_batched_tokens=4096,
         keep_positions=args.kept_sets, tensor_parallel_size=args.tensor_parallel,
         kv_cache_dtype="fp8" if args.fp8 else "auto", kv_cache_memory_bytes=args.kv_gib << 30,
-        max_num_seqs=min(128, args.documents * len(args.seeds)),
+        max_num_seqs=min(128, args.documents * len(args.seeds)), compilation_config=FEW_GRAPHS,
     )  # fmt: skip
     if args.kept_sets:
         llm.llm_engine.collective_rpc(install_check)

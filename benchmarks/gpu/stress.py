@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.engine import build, say
+from benchmarks.gpu.engine import FEW_GRAPHS, build, say
 from kvcache.usage import CompressionTotals
 
 POLICIES: list[dict[str, Any]] = [
@@ -179,9 +179,7 @@ def main() -> None:
         max_num_batched_tokens=8192 if args.whole_prompts else 2048, max_num_seqs=256,
         num_gpu_blocks_override=args.blocks, kv_cache_memory_bytes=2 << 30,
         enable_chunked_prefill=not args.whole_prompts, enable_prefix_caching=args.prefix_cache,
-        attention_config={"flash_attn_version": args.flash_attention},
-        # Of fewer sizes than vLLM would capture: the start is most of this script's time.
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
+        attention_config={"flash_attn_version": args.flash_attention}, compilation_config=FEW_GRAPHS,
     )  # fmt: skip
     say(batch_invariant=envs.VLLM_BATCH_INVARIANT, plain=args.plain, flash_attention=args.flash_attention,
         prefix_cache=args.prefix_cache, whole_prompts=args.whole_prompts, **classes(llm))  # fmt: skip
