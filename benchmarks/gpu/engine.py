@@ -24,6 +24,9 @@ LLAMA_8B: dict[str, Any] = {
 }  # fmt: skip
 """Llama-3.1-8B's shapes; served with random weights, since speed doesn't depend on them."""
 
+FEW_GRAPHS: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96, 128, 256]}
+"""`compilation_config` for scripts that time nothing: capturing every size is a good part of a start."""
+
 
 def random_llama() -> str:
     """Folder with the 8B configuration, for `load_format="dummy"`."""
