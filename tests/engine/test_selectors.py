@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.engine import selector_reference as by_hand
 from tests.engine.harness import Engine, Job
 from tests.engine.test_answers import prompt_of
+from tests.reference import Reads, Reference
 
 pytestmark = pytest.mark.engine
 
@@ -18,7 +21,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"selector": "lessismore"},
     {"selector": "quest"},
     {"selector": "loki"},
-    {"selector": "local", "share": 0.5},
+    {"selector": "local", "share": 0.02},
 ]
 each = pytest.mark.parametrize("selector", SELECTORS, ids=lambda words: "-".join(str(word) for word in words.values()))
 
@@ -44,6 +47,26 @@ def test_few_tokens_change_the_answer(engine: Engine, selector: dict[str, Any]) 
     assert job.tokens != dense.tokens
     assert sum(job.steps.values()) == 29
     assert job.steps.get("dense", 0) == 0
+
+
+REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
+    (SELECTORS[0], lambda: by_hand.Recycled(96, 4)),
+    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2)),
+    (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
+    (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1])),
+    (SELECTORS[4], lambda: by_hand.Quest(96)),
+    (SELECTORS[5], lambda: by_hand.Loki(96)),
+    (SELECTORS[6], lambda: by_hand.Local(96, 0.02)),
+]
+
+
+@pytest.mark.parametrize("length", [640, 650])
+@pytest.mark.parametrize("selector, reads", REFERENCES, ids=lambda value: value["selector"] if isinstance(value, dict) else "")
+def test_answers_are_what_the_formulas_say(
+    engine: Engine, reference: Reference, selector: dict[str, Any], reads: Callable[[], Reads], length: int
+) -> None:
+    (job,) = engine.run([Job(prompt_of(length), decode=asking(selector), max_tokens=40)])
+    assert job.tokens == reference.greedy_reading(job.prompt, 40, reads())
 
 
 def test_a_stride_of_one_is_dense(engine: Engine) -> None:
