@@ -24,9 +24,9 @@ class Job:
 
     prompt: list[int]
     words: dict[str, Any] | None = None
+    max_tokens: int = 12
     decode: dict[str, Any] | None = None
     """Its selector."""
-    max_tokens: int = 12
     tokens: list[int] = field(default_factory=list)
     compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list, repr=False)
     """(tokens computed, positions kept by layer and KV head), one for each."""

@@ -61,7 +61,9 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
 
 
 @pytest.mark.parametrize("length", [640, 650])
-@pytest.mark.parametrize("selector, reads", REFERENCES, ids=lambda value: value["selector"] if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "selector, reads", REFERENCES, ids=lambda value: value["selector"] if isinstance(value, dict) else ""
+)
 def test_answers_are_what_the_formulas_say(
     engine: Engine, reference: Reference, selector: dict[str, Any], reads: Callable[[], Reads], length: int
 ) -> None:
