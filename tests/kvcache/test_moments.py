@@ -93,7 +93,7 @@ def test_memory_is_taken_with_the_first_query_and_counted() -> None:
     with pytest.raises(RuntimeError, match="no query has come yet"):
         moments.found(0)
     assert QueryMoments.nbytes(32, 32, 128) - QueryMoments.nbytes(0, 32, 128) == 32 * 32 * (128 + 128**2) * 4
-    moments.record(0, 4, torch.randn(2, HEADS, HEAD_DIM))
+    moments.record(0, 4, torch.randn(2, HEADS, HEAD_DIM).to(DEVICE))
     held = [moments._mean, moments._spread]
     assert sum(part.numel() * 4 for part in held if part is not None) == LAYERS * HEADS * (HEAD_DIM + HEAD_DIM**2) * 4
 
