@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.selection import force, keep_top
+from kvcache.selection import among_top, force, keep_top
 from tests.device import DEVICE
 
 quick = settings(deadline=None, derandomize=True, max_examples=300)
@@ -101,6 +101,16 @@ def test_rows_of_a_larger_tensor() -> None:
     part = scores[1:, ::2]
     assert torch.equal(keep_top(part, torch.tensor([3, 0, 10])), keep_top(part.clone(), torch.tensor([3, 0, 10])))
     assert_kept(part.tolist(), [3, 0, 10])
+
+
+@quick
+@given(problems())
+def test_a_count_for_all_rows_keeps_the_same(problem: tuple[list[list[float]], list[int]]) -> None:
+    scores, counts = problem
+    chosen = among_top(torch.tensor(scores, device=DEVICE), counts[0])
+    assert chosen.shape == (len(scores), len(scores[0])) and chosen.dtype == torch.bool
+    for row, values in zip(chosen.tolist(), scores, strict=True):
+        assert [position for position, kept in enumerate(row) if kept] == top(values, counts[0])
 
 
 @pytest.mark.parametrize("counts", [[6, 1], [1, 6], [-1, 1], [2, -1]])
