@@ -21,7 +21,7 @@ from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.readers import blocks_beside_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.kernels import column_sums, window_votes
+from kvcache.kernels import column_sums, similar_keys, window_votes
 from kvcache.observers.moments import QueryMoments
 from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
@@ -162,3 +162,4 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         )
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
+        similar_keys.warm_up(evidence)
