@@ -87,4 +87,5 @@ class Loki(Selector):
     paper = "arXiv 2406.02542"
     reader = LokiReader
     prepares = True
+    keeps_metadata = True
     needs_calibration = True

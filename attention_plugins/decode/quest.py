@@ -62,3 +62,4 @@ class Quest(Selector):
     paper = "arXiv 2406.10774"
     reader = QuestReader
     prepares = True
+    keeps_metadata = True
