@@ -16,13 +16,17 @@ from vllm.usage.usage_lib import UsageContext
 
 from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
+from server.calibration import CacheShape, read_calibration
+from server.decode_settings import selector_desk
+from server.desks import Desks
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
-from server.metrics import CompressionMetrics
+from server.flags import in_flags
+from server.metrics import CompressionMetrics, DecodeMetrics
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
 from server.refusals import refuse_config
-from server.settings import house_rules, in_flags
+from server.settings import house_rules
 
 _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins",
                   "vllm.stat_logger_plugins")  # fmt: skip
@@ -115,7 +119,7 @@ async def _ask_workers(engine: LongreachLLM) -> None:
     """
     try:
         for missing in await engine.collective_rpc("missing_evidence"):
-            engine.desk.lacks(missing)
+            engine.desks.policies.lacks(missing)
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
 
@@ -149,16 +153,7 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     if platform.unavailable is None:
         refuse_config(config, platform.name)
         choose_scheduler(config)
-    parallel = config.parallel_config
-    shape = ModelShape(
-        config.model_config.get_total_num_hidden_layers(),
-        config.model_config.get_total_num_kv_heads(),
-        parallel.tensor_parallel_size,
-    )
-    try:
-        desk = PolicyDesk(default, config.cache_config.block_size, platform.unavailable, house_rules(args), shape)
-    except PolicyError as error:
-        raise StartError(in_flags(error)) from None
+    desks = _desks(args, default, platform, config)
     try:
         engine = LongreachLLM.from_vllm_config(
             vllm_config=config,
@@ -173,6 +168,29 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
         if "Engine core initialization failed" not in str(error):
             raise
         raise StartError("the engine didn't start; its own messages above say why") from error
-    engine.desk = desk
+    engine.desks = desks
     engine.metrics = CompressionMetrics(config.model_config.served_model_name)
+    engine.decode_metrics = DecodeMetrics(config.model_config.served_model_name)
     return engine
+
+
+def _desks(args: Namespace, default: dict[str, Any], platform: Platform, config: Any) -> Desks:
+    """What checks requests, once vLLM's resolved configuration (`VllmConfig`) is known.
+
+    Raises:
+        StartError: the server's own policy, or a file that it was given, doesn't fit the model.
+    """
+    model = config.model_config
+    shape = ModelShape(
+        model.get_total_num_hidden_layers(),
+        model.get_total_num_kv_heads(),
+        config.parallel_config.tensor_parallel_size,
+    )
+    try:
+        policies = PolicyDesk(default, config.cache_config.block_size, platform.unavailable, house_rules(args), shape)
+    except PolicyError as error:
+        raise StartError(in_flags(error)) from None
+    if args.decode_calibration:
+        cache = CacheShape(shape.num_layers, shape.num_kv_heads, model.get_head_size())
+        read_calibration(args.decode_calibration, cache)
+    return Desks(policies, selector_desk(args, platform))

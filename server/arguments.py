@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from server.decode_settings import add_decode_flags
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.errors import StartError, one_line
 from server.platforms import NO_DEVICE, Platform, stand_in
@@ -51,6 +52,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     )
     make_arg_parser(parser)
     add_flags(parser)
+    add_decode_flags(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", **eager)
     return parser

@@ -14,14 +14,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE = """usage: longreach COMMAND ...
 
-  serve [MODEL] [--kv-policy NAME] [--kv-budget TOKENS|RATIO%] [--kv-...] [--config FILE] [any vllm serve flag]
+  serve [MODEL] [--kv-policy NAME] [--kv-...] [--decode-attention NAME] [--decode-...] [--config FILE]
+        [any vllm serve flag]
         serve MODEL (left out: a small embedded one) over the OpenAI API; --help lists all flags
   policies [--json]
         the KV-cache policies with their arguments, defaults, needs and papers
+  selectors [--json]
+        the selectors of what decoding reads, likewise
   explain PROMPT_FILE|- [--output FILE.png|FILE.html] [--kv-policy NAME] [--kv-...] [--model MODEL]
         which tokens of a prompt a policy keeps, by layer, head and position
   head-gates PROMPT_FILE... --output FILE [--model MODEL]
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = {
         "serve": _serve,
         "policies": _policies,
+        "selectors": _selectors,
         "explain": _explain,
         "head-gates": _head_gates,
         "doctor": _doctor,
@@ -64,6 +68,7 @@ def _fail(message: object) -> NoReturn:
 @contextmanager
 def _start_errors() -> Iterator[None]:
     """What may be wrong with a command line, a model or this machine ends in one line and exit code 2."""
+    from attention_plugins.decode.registry import selectors
     from kvcache.registry import policies
     from kvcache.vllm_adapter.compat import IncompatibleVLLM, check
     from server.embedded import EmbeddedModelError
@@ -71,8 +76,9 @@ def _start_errors() -> Iterator[None]:
 
     try:
         policies()
+        selectors()
     except (ValueError, ImportError, AttributeError) as error:
-        _fail(f"a package with a KV-cache policy can't be used: {one_line(error)}")
+        _fail(f"a package with a KV-cache policy or a selector can't be used: {one_line(error)}")
     try:
         check()
         yield
@@ -95,6 +101,7 @@ def _serve(argv: list[str]) -> None:
         from vllm.logger import configure_logging_from_args
 
         from server.arguments import parse, resolve_model
+        from server.decode_settings import pass_selectors
         from server.refusals import refuse_args
         from server.settings import default_policy, pass_weights
 
@@ -107,6 +114,7 @@ def _serve(argv: list[str]) -> None:
         prepare(args, platform)
         default = default_policy(args, platform)
         pass_weights(args)
+        pass_selectors(args, platform, default)
         resolve_model(args)
 
         import uvloop
@@ -155,9 +163,44 @@ def _policies(argv: list[str]) -> None:
             print(f"\n{policy['name']}\n    {policy['title']} ({policy['paper']})")
             needs = f"needs: {policy['evidence']}{', looks at the question' if policy['query_aware'] else ''}"
             print(f"    {needs}{', layers differ in length' if policy['layer_lengths_differ'] else ''}")
-            for name, schema in policy["arguments"]["properties"].items():
-                value = repr(schema["default"]) if "default" in schema else "(needed)"
-                print(f"      {name} = {value:12} {schema.get('description', '')}")
+            _print_arguments(policy)
+
+
+def _print_arguments(method: dict[str, Any]) -> None:
+    for name, schema in method["arguments"]["properties"].items():
+        value = repr(schema["default"]) if "default" in schema else "(needed)"
+        print(f"      {name} = {value:12} {schema.get('description', '')}")
+
+
+def _selectors(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="longreach selectors", description="List the selectors: what each step of decoding reads of the cache."
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, with every argument's schema")
+    as_json = parser.parse_args(argv).json
+
+    from attention_plugins.decode.registry import DENSE, selectors
+
+    described = [selector.describe() for selector in selectors().values()]
+    with _reader_may_leave():
+        if as_json:
+            print(json.dumps(described, indent=2))
+            return
+        print(f"{DENSE}\n    Read everything: stock vLLM.")
+        for selector in described:
+            print(f"\n{selector['name']}\n    {selector['title']} ({selector['paper']})")
+            needs = [text for name, wanted, text in _NEEDS if selector[name] is wanted]
+            print(f"    needs: {', '.join(needs) or 'nothing'}")
+            _print_arguments(selector)
+
+
+_NEEDS = (
+    ("with_policies", False, "a cache that no policy compresses"),
+    ("with_tensor_parallel", False, "all heads on one GPU"),
+    ("needs_calibration", True, "a file of `longreach calibrate`"),
+    ("keeps_metadata", True, "memory beside every page of the cache"),
+)
+"""What a selector's own attributes say that it needs: name, value, words."""
 
 
 def _head_gates(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's engine client, giving every request its policy and taking note of what was kept."""
+"""vLLM's engine client, giving every request its policy and its selector, and taking note of what they did."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from attention_plugins.decode.registry import FIELD as DECODE_FIELD
 from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
-from server.metrics import CompressionMetrics
-from server.policies import PolicyDesk
-from server.scope import RequestScope, current_scope
+from server.desks import Desks, Words
+from server.metrics import CompressionMetrics, DecodeMetrics
+from server.scope import KV_FIELD, RequestScope, current_scope
 
 
 class LongreachLLM(AsyncLLM):
     """The one place that all generation passes: chat, completions, responses, tool calls."""
 
-    desk: PolicyDesk
+    desks: Desks
     metrics: CompressionMetrics
+    decode_metrics: DecodeMetrics
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's. Not a coroutine, so that a refusal comes before an answer, also a streamed one, has begun.
@@ -29,14 +31,24 @@ class LongreachLLM(AsyncLLM):
             VLLMValidationError: the prompt's compression never fits the KV cache.
         """
         scope = current_scope.get()
-        words = (scope.kv_cache if scope else None) or self.desk.default
-        if self.desk.unavailable is None:
-            self._check_pool(prompt, words)
-            sampling_params.extra_args = {**(sampling_params.extra_args or {}), EXTRA_ARG: words}
+        words = self.desks.completed(scope.words if scope else {})
+        if self._ours:
+            self._check_pool(prompt, words[KV_FIELD])
+            sampling_params.extra_args = self._extra_args(sampling_params.extra_args or {}, words)
         return self._noting(super().generate(prompt, sampling_params, request_id, **kwargs), words, scope)
 
+    @property
+    def _ours(self) -> bool:
+        """Whether scheduler and workers are ours, not vLLM's own."""
+        return self.desks.policies.unavailable is None
+
+    def _extra_args(self, others: dict[str, Any], words: dict[str, Words]) -> dict[str, Any]:
+        """What the scheduler looks at, beside others' entries; one that reads everything is vLLM's business alone."""
+        others = {name: value for name, value in others.items() if name not in words}
+        return {**others, **{field: told for field, told in words.items() if told != self.desks.selectors.off}}
+
     async def _noting(
-        self, outputs: AsyncGenerator[Any, None], words: dict[str, Any], scope: RequestScope | None
+        self, outputs: AsyncGenerator[Any, None], words: dict[str, Words], scope: RequestScope | None
     ) -> AsyncGenerator[Any, None]:
         """Take our usage out of the dictionary of KV connectors, in which it travels."""
         async with aclosing(outputs):
@@ -46,14 +58,23 @@ class LongreachLLM(AsyncLLM):
                 if told:
                     output.kv_transfer_params = params or None
                     self.metrics.update(told["totals"])
+                    self.decode_metrics.update(told.get("decode_totals") or {})
                 if output.finished and scope:
+                    if not self._ours:  # vLLM's own scheduler, which tells nothing
+                        told = {"usage": _all_kept(words[KV_FIELD], output)}
                     if told:
-                        scope.usage.append(told["usage"])
-                    elif self.desk.unavailable:  # vLLM's own scheduler, which tells nothing
-                        scope.usage.append(_all_kept(words, output))
+                        self._tell(scope, told)
                 yield output
 
-    def _check_pool(self, prompt: Any, words: dict[str, Any]) -> None:
+    def _tell(self, scope: RequestScope, told: dict[str, Any]) -> None:
+        """Take note for the answer's usage. Reading everything is worth a word only where it was asked for."""
+        scope.tell(KV_FIELD, told["usage"])
+        if decode := told.get("decode_usage"):
+            scope.tell(DECODE_FIELD, decode)
+        elif scope.words.get(DECODE_FIELD) == self.desks.selectors.off:
+            scope.tell(DECODE_FIELD, self.desks.selectors.off)
+
+    def _check_pool(self, prompt: Any, words: Words) -> None:
         """A prompt and its target blocks have to fit the pool at the same time, once.
 
         Raises:
@@ -61,7 +82,7 @@ class LongreachLLM(AsyncLLM):
         """
         tokens = (isinstance(prompt, dict) and prompt.get("prompt_token_ids")) or ()
         policy = make_policy(words)
-        page_size = self.desk.page_size
+        page_size = self.desks.policies.page_size
         plan = policy.plan(len(tokens), page_size) if policy and tokens else None
         if plan is None or plan.prompt_len > len(tokens):  # where the answer grows first, the scheduler looks
             return
@@ -76,6 +97,6 @@ class LongreachLLM(AsyncLLM):
             )
 
 
-def _all_kept(words: dict[str, Any], output: Any) -> dict[str, Any]:
+def _all_kept(words: Words, output: Any) -> dict[str, Any]:
     length = len(output.prompt_token_ids or ())
     return {**words, "prompt_tokens": length, "kept_tokens": dict.fromkeys(("mean", "min", "max"), float(length))}

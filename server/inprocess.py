@@ -22,6 +22,7 @@ from vllm.v1.executor import Executor
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.arguments import parse, resolve_model
 from server.errors import StartError, one_line
+from server.flags import tell_workers
 from server.platforms import Platform, choose_scheduler, detect, prepare
 from server.refusals import refuse_args, refuse_config
 
@@ -162,7 +163,7 @@ def start_engine(
     """
     vars(args).update(settings, disable_log_stats=True)
     if keep_positions:
-        args.additional_config = {**(args.additional_config or {}), "longreach": {"keep_positions": True}}
+        tell_workers(args, keep_positions=True)
     # vLLM's CPU platform reads it where the configuration is made, and starts a worker process if it isn't set.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:

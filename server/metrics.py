@@ -1,4 +1,4 @@
-"""Prometheus metrics of compression, by policy; they appear in vLLM's `/metrics`."""
+"""Prometheus metrics of compression and of sparse decoding; they appear in vLLM's `/metrics`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ NAMES = {
     "nan_scores": ("longreach_kv_nan_scores", "Scores that were not a number; their tokens were kept."),
     "seconds": ("longreach_kv_compaction_seconds", "Time spent compacting."),
 }
+STEPS = "Steps of decoding of requests with a selector, by what they read; crowded: all, for want of room."
+
+
+class _Follower:
+    """A counter that follows running totals.
+
+    Requests deliver these in any order, so lower totals than those seen are old news.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+        self._seen: dict[tuple[str, ...], float] = {}
+
+    def follow(self, total: float, *labels: str) -> None:
+        grown = total - self._seen.get(labels, 0)
+        if grown > 0:
+            self.counter.labels(*labels).inc(grown)
+            self._seen[labels] = total
 
 
 class CompressionMetrics:
@@ -20,19 +38,27 @@ class CompressionMetrics:
     def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
         self.model_name = model_name
         self.counters = {
-            name: Counter(metric, help_text, ["model_name", "policy"], registry=registry)
+            name: _Follower(Counter(metric, help_text, ["model_name", "policy"], registry=registry))
             for name, (metric, help_text) in NAMES.items()
         }
-        self._seen: dict[tuple[str, str], float] = {}
 
     def update(self, totals: dict[str, dict[str, float]]) -> None:
-        """Raise the counters to the engine's totals (`kvcache.usage.CompressionTotals.by_policy`).
-
-        Requests deliver them in any order, so lower totals than those seen are old news.
-        """
+        """Raise the counters to the engine's totals (`kvcache.usage.CompressionTotals.by_policy`)."""
         for policy, values in totals.items():
             for name, counter in self.counters.items():
-                grown = values[name] - self._seen.get((policy, name), 0)
-                if grown > 0:
-                    counter.labels(self.model_name, policy).inc(grown)
-                    self._seen[policy, name] = values[name]
+                counter.follow(values[name], self.model_name, policy)
+
+
+class DecodeMetrics:
+    """How many steps of decoding read what, by selector: fed like `CompressionMetrics`."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
+        self.model_name = model_name
+        labels = ["model_name", "selector", "mode"]
+        self.steps = _Follower(Counter("longreach_decode_steps", STEPS, labels, registry=registry))
+
+    def update(self, totals: dict[str, dict[str, int]]) -> None:
+        """Raise the counter to the engine's totals: steps by selector and mode."""
+        for selector, modes in totals.items():
+            for mode, steps in modes.items():
+                self.steps.follow(steps, self.model_name, selector, mode)

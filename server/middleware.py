@@ -1,4 +1,4 @@
-"""The `kv_cache` field of requests and answers, around vLLM's own handlers."""
+"""Longreach's fields of requests and answers, `kv_cache` and `decode_attention`, around vLLM's own handlers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvcache.registry import NONE, PolicyError
-from server.policies import PolicyDesk
-from server.scope import RequestScope, current_scope, merge_usage
-
-FIELD = "kv_cache"
-_BEAM = "use_beam_search"
+from kvcache.method import PolicyError
+from server.desks import BEAM, Desks
+from server.scope import RequestScope, current_scope
 
 
 def error_response(error: PolicyError) -> JSONResponse:
@@ -23,10 +20,10 @@ def error_response(error: PolicyError) -> JSONResponse:
     return JSONResponse({"error": body}, status_code=400)
 
 
-class KVCacheMiddleware:
-    """Takes `kv_cache` out of JSON requests, checks it, and adds `usage.kv_cache` to the answers.
+class FieldsMiddleware:
+    """Takes our fields out of JSON requests, checks them, and adds fields of the same names to the answers' usage.
 
-    Requests without the field and answers without usage pass through as they are.
+    Requests without the fields and answers without usage pass through as they are.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -39,14 +36,15 @@ class KVCacheMiddleware:
         editor: Send = _AnswerEditor(request, send)
         if "json" in Headers(scope=scope).get("content-type", "").lower():
             body, messages = await _read(receive)
-            if content := _object_with(body, FIELD, _BEAM):
+            desks: Desks = scope["app"].state.longreach_desks
+            if content := _object_with(body, *desks.fields, BEAM):
                 try:
-                    request.kv_cache = _take_field(content, scope["app"].state.kv_policies)
+                    request.words = desks.take(content)
                 except PolicyError as error:
                     return await error_response(error)(scope, receive, send)
                 body = json.dumps(content).encode()
                 scope = {**scope, "headers": _with_length(scope, len(body))}
-                if content.get(_BEAM):
+                if content.get(BEAM):
                     editor = send  # its many engine requests add up to nothing that a client could read
             receive = _replay(body, messages, receive)
         token = current_scope.set(request)
@@ -94,23 +92,6 @@ def _fields(content: dict[str, Any]) -> set[str]:
     return set(content) | (set(extra) if isinstance(extra, dict) else set())
 
 
-def _take_field(content: dict[str, Any], desk: PolicyDesk) -> dict[str, Any] | None:
-    """Remove the field from a request, in place, and return the checked policy; None stands for the server's own.
-
-    Raises:
-        PolicyError: the field is wrong.
-    """
-    if isinstance(content.get("vllm_xargs"), dict) and FIELD in content["vllm_xargs"]:
-        raise PolicyError("vllm_xargs.kv_cache", "is not read.", "the field `kv_cache` of the request itself")
-    words = content.pop(FIELD, None)
-    checked = None if words is None else desk.check(words)
-    if not content.get(_BEAM):
-        return checked
-    if checked and checked["policy"] != NONE:
-        raise PolicyError(FIELD, "beam search starts a new prompt for every token.", "requests without beam search")
-    return {"policy": NONE}
-
-
 def _with_length(scope: Scope, length: int) -> list[tuple[bytes, bytes]]:
     return [
         (name, str(length).encode() if name.lower() == b"content-length" else value) for name, value in scope["headers"]
@@ -118,7 +99,7 @@ def _with_length(scope: Scope, length: int) -> list[tuple[bytes, bytes]]:
 
 
 class _AnswerEditor:
-    """Adds `usage.kv_cache` to a JSON answer, or to the lines of an event stream that carry usage.
+    """Adds what was told to the usage of a JSON answer, or to the lines of an event stream that carry usage.
 
     Nothing is held back or looked at before an engine request has finished: usage is only told after that.
     """
@@ -169,14 +150,14 @@ class _AnswerEditor:
         return line if edited is value else line.replace(value, edited, 1)
 
     def _edited(self, data: bytes) -> bytes:
-        """A JSON object with `kv_cache` in its usage: at the top, in a Responses `response` or a Cohere `delta`."""
+        """A JSON object with our fields in its usage: at the top, in a Responses `response` or a Cohere `delta`."""
         if b'"usage"' not in data:
             return data
         try:
             content = json.loads(data)
             for holder in (content, content.get("response"), content.get("delta")):
                 if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-                    holder["usage"][FIELD] = merge_usage(self.request.usage)
+                    holder["usage"].update(self.request.merged())
                     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
         except (ValueError, AttributeError, RecursionError):
             pass  # not a JSON object

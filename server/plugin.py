@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from server.middleware import KVCacheMiddleware
+from server.middleware import FieldsMiddleware
 
 router = APIRouter()
 
@@ -16,16 +16,22 @@ router = APIRouter()
 @router.get("/v1/kv/policies")
 async def show_policies(request: Request) -> JSONResponse:
     """The policies of this server, with their arguments as JSON schema."""
-    return JSONResponse(request.app.state.kv_policies.describe())
+    return JSONResponse(request.app.state.longreach_desks.policies.describe())
+
+
+@router.get("/v1/decode/selectors")
+async def show_selectors(request: Request) -> JSONResponse:
+    """The selectors of this server: whether requests may use them, and their arguments as JSON schema."""
+    return JSONResponse(request.app.state.longreach_desks.selectors.describe())
 
 
 @router.get("/v1/models")
 async def show_models(request: Request) -> JSONResponse:
-    """vLLM's list of models, each with the server's default policy."""
+    """vLLM's list of models, each with the server's defaults for our fields."""
     models = await request.app.state.openai_serving_models.show_available_models()
     content = models.model_dump()
     for model in content["data"]:
-        model["kv_cache"] = request.app.state.kv_policies.default
+        model |= request.app.state.longreach_desks.completed({})
     return JSONResponse(content)
 
 
@@ -38,10 +44,10 @@ class LongreachPlugin:
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
         # Added before vLLM's own, so it runs inside them: authentication comes first.
-        app.add_middleware(KVCacheMiddleware)
+        app.add_middleware(FieldsMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        state.kv_policies = engine_client.desk
+        state.longreach_desks = engine_client.desks
 
 
 def create_plugin() -> LongreachPlugin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -53,6 +53,9 @@ class PolicyDesk:
         rules: what holds for every request.
         model: the served model, once it is known.
     """
+
+    field: ClassVar[str] = "kv_cache"
+    off: ClassVar[dict[str, Any]] = {"policy": NONE}
 
     def __init__(
         self,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+
+KV_FIELD = "kv_cache"
 
 
 @dataclass
@@ -12,18 +18,25 @@ class RequestScope:
     """Set by the middleware before a handler runs, read and filled by the engine client under it.
 
     Attributes:
-        kv_cache: the checked policy of the request, or None: the server's default.
-        usage: `usage.kv_cache` of each engine request that has finished.
+        words: by field, what the request asks for, checked. A field that isn't there is the server's default.
+        usage: by field, what each engine request that has finished tells in the answer's usage.
     """
 
-    kv_cache: dict[str, Any] | None = None
-    usage: list[dict[str, Any]] = field(default_factory=list)
+    words: dict[str, dict[str, Any]] = field(default_factory=dict)
+    usage: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def tell(self, name: str, usage: dict[str, Any]) -> None:
+        self.usage.setdefault(name, []).append(usage)
+
+    def merged(self) -> dict[str, dict[str, Any]]:
+        """By field, one usage for all engine requests."""
+        return {name: _MERGE[name](parts) for name, parts in self.usage.items()}
 
 
 current_scope: ContextVar[RequestScope | None] = ContextVar("longreach_request_scope", default=None)
 
 
-def merge_usage(usages: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_kv(usages: list[dict[str, Any]]) -> dict[str, Any]:
     """One field for an answer to several prompts: tokens and bytes add up, kept tokens are averaged by prompt."""
     if len(usages) == 1:
         return usages[0]
@@ -37,3 +50,17 @@ def merge_usage(usages: list[dict[str, Any]]) -> dict[str, Any]:
         "max": max(part["max"] for part in kept),
     }
     return merged
+
+
+def merge_decode(usages: list[dict[str, Any]]) -> dict[str, Any]:
+    """One field for an answer to several prompts: steps add up."""
+    steps: Counter[str] = Counter()
+    for usage in usages:
+        steps.update(usage.get("steps", {}))
+    return {**usages[0], "steps": dict(steps)} if "steps" in usages[0] else usages[0]
+
+
+_MERGE: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
+    KV_FIELD: merge_kv,
+    DECODE_FIELD: merge_decode,
+}

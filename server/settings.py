@@ -1,10 +1,8 @@
-"""Longreach's own settings: flags beside vLLM's, and the server's default policy that they make."""
+"""Longreach's own settings of the cache: flags beside vLLM's, and the server's default policy that they make."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ from kvcache.namm import NO_WEIGHTS, Network
 from kvcache.policies.base import MOST_SINKS
 from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class, takes
 from server.errors import StartError, one_line
+from server.flags import KV, in_flags, tell_workers
 from server.gates import read_gates
 from server.platforms import Platform
 from server.policies import HouseRules, PolicyDesk
-
-_PREFIX = "kv_arg_"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,21 +42,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)",
     )
     for field, known in PARTS.items():
-        group.add_argument(
-            _flag(field),
-            dest=_PREFIX + field,
-            default=argparse.SUPPRESS,
-            metavar="NAME",
-            help=f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}.",
-        )
-    for name, (text, takers) in _arguments().items():
-        group.add_argument(
-            _flag(name),
-            dest=_PREFIX + name,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"{text} ({', '.join(takers)})".replace("%", "%%"),
-        )
+        text = f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}."
+        KV.add(group, field, text, metavar="NAME")
+    takers = [(policy.name, policy.Args) for policy in policies().values()]
+    takers += [(part.name, part.Args) for known in PARTS.values() for part in known.values()]
+    KV.add_all(group, takers)
 
 
 def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:
@@ -72,17 +59,15 @@ def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, An
     Raises:
         StartError: a flag is wrong, or the policy can't run here; the message says what is allowed.
     """
-    given = {key.removeprefix(_PREFIX): _value(value) for key, value in vars(args).items() if key.startswith(_PREFIX)}
+    given = KV.given(args)
     if args.kv_policy == NONE and given:
         raise StartError(
-            f"{_flags(given)} without a policy to take it: add --kv-policy NAME, one of {', '.join(policies())}."
+            f"{KV.flags(given)} without a policy to take it: add --kv-policy NAME, one of {', '.join(policies())}."
         )
     words = {"policy": args.kv_policy, **given}
     try:
         if args.kv_policy in policies():
-            known = takes(policy_class(words))
-            if foreign := [name for name in given if name not in known]:
-                raise StartError(f"{_flags(foreign)}: the policy {args.kv_policy} takes {_flags(known)}.")
+            KV.refuse_foreign(given, takes(policy_class(words)), f"the policy {args.kv_policy}")
         desk = PolicyDesk(words, args.block_size or 1, platform.unavailable, house_rules(args))
         desk.lacks({} if args.kv_namm_weights else {Evidence.SPECTROGRAMS.value: NO_WEIGHTS})
         return desk.default
@@ -103,8 +88,7 @@ def pass_weights(args: argparse.Namespace) -> None:
         Network.load(file)
     except ValueError as error:
         raise StartError(f"--kv-namm-weights: {one_line(error)}") from None
-    known = args.additional_config or {}
-    args.additional_config = {**known, "longreach": {**known.get("longreach", {}), "namm_weights": file}}
+    tell_workers(args, namm_weights=file)
 
 
 def house_rules(args: argparse.Namespace) -> HouseRules:
@@ -116,37 +100,3 @@ def house_rules(args: argparse.Namespace) -> HouseRules:
     if not 0 <= args.kv_always_keep <= MOST_SINKS:
         raise StartError(f"--kv-always-keep: {args.kv_always_keep} tokens; allowed are 0 to {MOST_SINKS}.")
     return HouseRules(args.kv_always_keep, read_gates(args.kv_head_gates) if args.kv_head_gates else None)
-
-
-def in_flags(error: PolicyError) -> str:
-    """A policy error in the words of the command line."""
-    return f"{_flag(error.field.removeprefix('kv_cache.'))}: {error.problem} Allowed: {error.allowed}."
-
-
-def _arguments() -> dict[str, tuple[str, list[str]]]:
-    """Every policy argument with its description and the policies that take it."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    takers = [(policy.name, policy.Args) for policy in policies().values()]
-    takers += [(part.name, part.Args) for known in PARTS.values() for part in known.values()]
-    for name, arguments in takers:
-        for field, schema in arguments.model_json_schema()["properties"].items():
-            who = found.setdefault(field, (schema.get("description", ""), []))[1]
-            if name not in who:
-                who.append(name)
-    return found
-
-
-def _flag(argument: str) -> str:
-    return "--kv-" + argument.replace("_", "-")
-
-
-def _flags(arguments: Iterable[str]) -> str:
-    return ", ".join(_flag(argument) for argument in arguments)
-
-
-def _value(text: str) -> Any:
-    """A flag's text as a request would say it: 512 is a number, 25% and avg are strings."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

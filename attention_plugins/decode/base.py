@@ -46,6 +46,8 @@ class Selector(Method):
     """Whether a worker holds something for every page of the cache."""
     prepares: ClassVar[bool] = False
     """Whether the reader wants to see a request's pages before its first step, and after each compaction."""
+    keeps_metadata: ClassVar[bool] = False
+    """Whether a worker holds something for each page of the cache (`Reader.page_bytes`), used or not."""
     with_policies: ClassVar[bool] = True
     """Whether it works over compressed caches, whose layers and heads hold different tokens."""
     with_tensor_parallel: ClassVar[bool] = True
@@ -77,9 +79,17 @@ class Selector(Method):
         return Mode.DENSE if context <= max(self.args.tokens, self.args.min_context) else Mode.SELECT
 
     @classmethod
+    def by_default(cls) -> bool:
+        """Whether requests may use it on servers that were told nothing of selectors: it costs no part of the cache,
+        and needs no file."""
+        return not (cls.keeps_metadata or cls.needs_calibration)
+
+    @classmethod
     def describe(cls) -> dict[str, Any]:
         return {
             **super().describe(),
+            "keeps_state": cls.keeps_state,
+            "keeps_metadata": cls.keeps_metadata,
             "with_policies": cls.with_policies,
             "with_tensor_parallel": cls.with_tensor_parallel,
             "needs_calibration": cls.needs_calibration,

@@ -84,4 +84,5 @@ class Loki(Selector):
     reader = LokiReader
     keeps_metadata = True
     prepares = True
+    keeps_metadata = True
     needs_calibration = True

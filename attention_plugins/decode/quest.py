@@ -60,3 +60,4 @@ class Quest(Selector):
     reader = QuestReader
     keeps_metadata = True
     prepares = True
+    keeps_metadata = True

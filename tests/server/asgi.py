@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
-from server.middleware import KVCacheMiddleware
+from server.desks import Desks
+from server.middleware import FieldsMiddleware
 from server.policies import PolicyDesk
 from server.scope import current_scope
+from server.selectors import SelectorDesk
 
 Message = dict[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -42,6 +44,7 @@ class Handler:
         self.scope: Any = None
         self.seen: list[Message] = []
         self.words: Any = "not called"
+        self.decode: Any = "not called"
 
     @property
     def body(self) -> bytes:
@@ -50,25 +53,32 @@ class Handler:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.scope = scope
         request = current_scope.get()
-        self.words = request.kv_cache if request else "no scope"
+        self.words = request.words.get("kv_cache") if request else "no scope"
+        self.decode = request.words.get("decode_attention") if request else "no scope"
         if scope["type"] == "http":
             while not self.seen or self.seen[-1].get("more_body"):
                 self.seen.append(await receive())
-        if request:
-            request.usage.extend(self.finished)
+        for usage in self.finished if request else ():
+            request.tell("decode_attention" if "selector" in usage else "kv_cache", usage)
         for message in self.answer:
             await send(message)
+
+
+def desks(policies: PolicyDesk | None = None, **selectors: Any) -> Desks:
+    """A server's; by default one that compresses nothing and has a few selectors."""
+    settings = {"enabled": ["recycled", "tidal", "quest"], **selectors}
+    return Desks(policies or PolicyDesk({"policy": "none"}, PAGE), SelectorDesk(**settings))
 
 
 def exchange(
     handler: App,
     scope: Message,
     messages: list[Message],
-    desk: PolicyDesk | None = None,
+    desk: PolicyDesk | Desks | None = None,
     sent: list[Message] | None = None,
 ) -> tuple[list[Message], list[Message]]:
     """Return what the client was sent (in `sent` also when the app fails), and its messages that nobody read."""
-    state = SimpleNamespace(kv_policies=desk or PolicyDesk({"policy": "none"}, PAGE))
+    state = SimpleNamespace(longreach_desks=desk if isinstance(desk, Desks) else desks(desk))
     left, sent = list(messages), [] if sent is None else sent
 
     async def receive() -> Message:
@@ -78,14 +88,14 @@ def exchange(
         sent.append(dict(message))
 
     async def run() -> None:
-        await KVCacheMiddleware(handler)({**scope, "app": SimpleNamespace(state=state)}, receive, send)
+        await FieldsMiddleware(handler)({**scope, "app": SimpleNamespace(state=state)}, receive, send)
         assert current_scope.get() is None
 
     asyncio.run(run())
     return sent, left
 
 
-def post(handler: App, content: Any, desk: PolicyDesk | None = None) -> list[Message]:
+def post(handler: App, content: Any, desk: PolicyDesk | Desks | None = None) -> list[Message]:
     """Post JSON as most clients do: one message, with its length."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return exchange(handler, http_scope(content_length=str(len(body))), body_messages(body), desk)[0]

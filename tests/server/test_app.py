@@ -28,17 +28,19 @@ from server.errors import StartError, one_line
 from server.platforms import Platform, prepare
 from server.policies import PolicyDesk
 from server.refusals import Unsupported
+from tests.server.asgi import desks
 from tests.server.test_refusals import LLAMA, MISTRAL
 
 CPU = Platform("cpu", None)
-DESK = PolicyDesk({"policy": "random"}, 32)
+DESKS = desks(PolicyDesk({"policy": "random"}, 32))
+DESK = DESKS.policies
 Parse = Callable[..., Namespace]
 
 
 class FakeEngine:
     """Enough of an engine client for vLLM to listen; `log` is what was done with it."""
 
-    desk = DESK
+    desks = DESKS
     model_config = None
     errored = is_running = False
     vllm_config = SimpleNamespace(shutdown_timeout=0, model_config=None)
@@ -128,10 +130,10 @@ def test_a_default_policy_that_the_model_has_no_evidence_for_ends_the_start(
     parse: Parse, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any worker may say so."""
-    monkeypatch.setattr(engine, "desk", PolicyDesk({"policy": "expectedattention"}, 32))
+    monkeypatch.setattr(engine, "desks", desks(PolicyDesk({"policy": "expectedattention"}, 32)))
     monkeypatch.setattr(engine, "missing", ({}, {"query moments": "it has no rotary embedding"}))
     with pytest.raises(StartError, match=r"--kv-policy: .*has no rotary embedding.* Allowed: none, .*snapkv"):
-        asyncio.run(serve(parse("m", "--port", str(free_port())), engine.desk.default, CPU))
+        asyncio.run(serve(parse("m", "--port", str(free_port())), engine.desks.policies.default, CPU))
     assert engine.log[-1] == "shutdown"
 
 

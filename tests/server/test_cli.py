@@ -65,7 +65,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "explain", "head-gates", "doctor")
+COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "doctor")
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
@@ -190,7 +190,7 @@ def test_a_package_with_a_broken_policy(run: Run, monkeypatch: pytest.MonkeyPatc
         raise ImportError("no module named x")
 
     monkeypatch.setattr("kvcache.registry.policies", broken)
-    fails(run("serve"), "a package with a KV-cache policy can't be used: no module named x")
+    fails(run("serve"), "a package with a KV-cache policy or a selector can't be used: no module named x")
 
 
 def test_another_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kvcache.usage import TOTALS
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.engine import LongreachLLM
-from server.metrics import CompressionMetrics
+from server.metrics import CompressionMetrics, DecodeMetrics
 from server.policies import PolicyDesk
 from server.scope import RequestScope, current_scope
+from tests.server.asgi import desks
 
 USAGE = {"policy": "random", "prompt_tokens": 9}
 PROMPT = {"prompt_token_ids": list(range(100))}
@@ -37,11 +38,12 @@ def output(params: dict[str, Any] | None = None, finished: bool = False) -> Any:
 class Fake:
     """A `LongreachLLM` that was never started; `calls` are what reached vLLM's `generate`, `closed` how many ended."""
 
-    def __init__(self, desk: PolicyDesk, blocks: int) -> None:
+    def __init__(self, desk: PolicyDesk, blocks: int, selector: dict[str, Any] | None) -> None:
         self.registry = CollectorRegistry()
         self.llm = LongreachLLM.__new__(LongreachLLM)
-        self.llm.desk = desk
+        self.llm.desks = desks(desk, default=selector)
         self.llm.metrics = CompressionMetrics("m", self.registry)
+        self.llm.decode_metrics = DecodeMetrics("m", self.registry)
         self.llm.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
         self.calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = []
         self.closed = 0
@@ -60,8 +62,13 @@ class Fake:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    def make(outputs: list[Any], desk: PolicyDesk | None = None, blocks: int = 1000) -> Fake:
-        fake = Fake(desk or PolicyDesk({"policy": "random"}, 16), blocks)
+    def make(
+        outputs: list[Any],
+        desk: PolicyDesk | None = None,
+        blocks: int = 1000,
+        selector: dict[str, Any] | None = None,
+    ) -> Fake:
+        fake = Fake(desk or PolicyDesk({"policy": "random"}, 16), blocks, selector)
 
         async def generate(self: Any, prompt: Any, params: Any, name: str, **kwargs: Any) -> AsyncGenerator[Any, None]:
             fake.calls.append((prompt, params, name, kwargs))
@@ -79,13 +86,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def test_requests_get_their_policy_or_the_servers(engine: Engine) -> None:
     fake = engine([])
-    fake.generate(RequestScope({"policy": "none"}), extra_args={"x": 1})
+    fake.generate(RequestScope({"kv_cache": {"policy": "none"}}), extra_args={"x": 1})
     fake.generate(RequestScope())
     fake.generate()  # not from a request
     assert [call[1].extra_args for call in fake.calls] == [
         {"x": 1, EXTRA_ARG: {"policy": "none"}},
-        {EXTRA_ARG: fake.llm.desk.default},
-        {EXTRA_ARG: fake.llm.desk.default},
+        {EXTRA_ARG: fake.llm.desks.policies.default},
+        {EXTRA_ARG: fake.llm.desks.policies.default},
     ]
     assert fake.calls[0][0] is PROMPT
     assert fake.calls[0][2:] == ("id", {"priority": 3})
@@ -95,7 +102,7 @@ def test_what_the_engine_tells_goes_to_the_answer_and_the_metrics(engine: Engine
     fake, scope = engine([output(), output(told(2), finished=True)]), RequestScope()
     outputs = fake.generate(scope)
     assert [item.kv_transfer_params for item in outputs] == [None, None]
-    assert scope.usage == [USAGE]
+    assert scope.usage == {"kv_cache": [USAGE]}
     assert fake.compactions() == 2
 
 
@@ -103,7 +110,7 @@ def test_only_the_last_output_counts(engine: Engine) -> None:
     """With n > 1 a stream shows one for every sample; an answer in one piece only shows the last."""
     fake, scope = engine([output(told(1)), output(told(2), finished=True)]), RequestScope()
     assert [item.kv_transfer_params for item in fake.generate(scope)] == [None, None]
-    assert (scope.usage, fake.compactions()) == ([USAGE], 2)
+    assert (scope.usage, fake.compactions()) == ({"kv_cache": [USAGE]}, 2)
 
 
 def test_metrics_count_without_a_request_too(engine: Engine) -> None:
@@ -116,16 +123,20 @@ def test_an_output_without_our_dictionary_tells_nothing(engine: Engine) -> None:
     """As when vLLM finds a stop string before the engine has ended the request, or aborts it."""
     fake, scope = engine([output(finished=True)]), RequestScope()
     assert len(fake.generate(scope)) == 1
-    assert (scope.usage, fake.compactions()) == ([], None)
+    assert (scope.usage, fake.compactions()) == ({}, None)
 
 
 def test_a_stock_engine_keeps_everything(engine: Engine) -> None:
     """Where policies can't run: vLLM's own scheduler, maybe with a KV connector."""
     desk = PolicyDesk({"policy": "none"}, 16, unavailable="no adapter")
     connector = {"remote_block_ids": [1]}
-    fake, scope = engine([output(), output(connector, finished=True)], desk, blocks=1), RequestScope({"policy": "none"})
+    fake, scope = (
+        engine([output(), output(connector, finished=True)], desk, blocks=1),
+        RequestScope({"kv_cache": {"policy": "none"}}),
+    )
     assert fake.generate(scope)[-1].kv_transfer_params == connector
-    assert scope.usage == [{"policy": "none", "prompt_tokens": 3, "kept_tokens": {"mean": 3.0, "min": 3.0, "max": 3.0}}]
+    kept = {"policy": "none", "prompt_tokens": 3, "kept_tokens": {"mean": 3.0, "min": 3.0, "max": 3.0}}
+    assert scope.usage == {"kv_cache": [kept]}
     assert fake.calls[0][1].extra_args is None
     assert fake.compactions() is None
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
-from server.middleware import KVCacheMiddleware
+from server.middleware import FieldsMiddleware
 from server.policies import PolicyDesk
 from server.scope import current_scope
-from tests.server.asgi import USAGE, Handler, answer, body_messages, exchange, http_scope, post, sent_body
+from tests.server.asgi import USAGE, Handler, answer, body_messages, desks, exchange, http_scope, post, sent_body
 
 POLICY = {"policy": "streamingllm", "budget": 512}
 WORDS = {"policy": "streamingllm", "budget": 512, "sinks": 4, "suffix": 0, "interval": 0}
@@ -193,19 +193,18 @@ def test_beam_search_runs_without_compression_and_tells_no_usage() -> None:
 
 def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
     """Also in tasks that a handler starts, as vLLM's do."""
-    desk = PolicyDesk({"policy": "none"}, 16)
     seen: dict[str, Any] = {}
 
     class State:
-        state = type("S", (), {"kv_policies": desk})
+        state = type("S", (), {"longreach_desks": desks()})
 
     async def engine(name: str) -> None:
         scope = current_scope.get()
         assert scope is not None
         await asyncio.sleep(0.01)
         assert current_scope.get() is scope
-        seen[name] = scope.kv_cache
-        scope.usage.append({**USAGE, "prompt_tokens": len(name)})
+        seen[name] = scope.words["kv_cache"]
+        scope.tell("kv_cache", {**USAGE, "prompt_tokens": len(name)})
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.create_task(engine(json.loads((await receive())["body"])["prompt"]))
@@ -222,7 +221,7 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await KVCacheMiddleware(app)({**http_scope(), "app": State}, receive, send)
+        await FieldsMiddleware(app)({**http_scope(), "app": State}, receive, send)
         return sent_body(sent)
 
     async def both() -> list[bytes]:

@@ -15,14 +15,16 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, init_endpoint_plugins_state
 
+from attention_plugins.decode.registry import selectors
 from kvcache.registry import policies
 from server.app import allow_plugin
 from server.plugin import LongreachPlugin, create_plugin
 from server.policies import PolicyDesk
 from server.scope import current_scope
-from tests.server.asgi import USAGE
+from tests.server.asgi import USAGE, desks
 
 DESK = PolicyDesk({"policy": "random", "budget": "25%"}, 32)
+DESKS = desks(DESK, default={"selector": "recycled"})
 Client = Callable[..., TestClient]
 
 
@@ -35,8 +37,8 @@ async def echo(request: Request) -> Any:
     """Stands for a handler of vLLM's: what it was sent, with usage."""
     body, scope = await request.json(), current_scope.get()
     assert scope is not None
-    scope.usage.append(USAGE)
-    content = {"body": body, "words": scope.kv_cache, "usage": {"prompt_tokens": 7}}
+    scope.tell("kv_cache", USAGE)
+    content = {"body": body, "words": scope.words.get("kv_cache"), "usage": {"prompt_tokens": 7}}
     if not body.get("stream"):
         return content
 
@@ -69,7 +71,7 @@ def client(parse: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch) -> 
         app.add_api_route("/v1/echo", echo, methods=["POST"])
         app.state.openai_serving_models = Models()
         app.state.log_stats = False
-        asyncio.run(init_endpoint_plugins_state(SimpleNamespace(desk=DESK), app.state, args))
+        asyncio.run(init_endpoint_plugins_state(SimpleNamespace(desks=DESKS), app.state, args))
         open_clients.append(TestClient(app))
         return open_clients[-1]
 
@@ -93,10 +95,17 @@ def test_policies_are_shown(client: Client) -> None:
     assert [policy["name"] for policy in content["data"]] == ["none", *policies()]
 
 
-def test_models_are_shown_with_the_servers_policy(client: Client) -> None:
+def test_selectors_are_shown(client: Client) -> None:
+    content = client().get("/v1/decode/selectors").json()
+    assert content == DESKS.selectors.describe()
+    assert [selector["name"] for selector in content["data"]] == ["dense", *selectors()]
+
+
+def test_models_are_shown_with_the_servers_policy_and_selector(client: Client) -> None:
     content = client().get("/v1/models").json()
-    assert [(model["id"], model["kv_cache"]) for model in content["data"]] == [
-        ("tiny", DESK.default), ("lora", DESK.default)
+    selector = DESKS.selectors.default
+    assert [(model["id"], model["kv_cache"], model["decode_attention"]) for model in content["data"]] == [
+        ("tiny", DESK.default, selector), ("lora", DESK.default, selector)
     ]  # fmt: skip
     assert content["data"][0]["max_model_len"] == 512
 
@@ -125,6 +134,8 @@ def test_vllms_routes_pass_it_too(client: Client) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"):
         response = client().post(path, json={"kv_cache": {"policy": "nonsense"}})
         assert (response.status_code, error_of(response)["param"]) == (400, "kv_cache.policy"), path
+        response = client().post(path, json={"decode_attention": {"selector": "nonsense"}})
+        assert (response.status_code, error_of(response)["param"]) == (400, "decode_attention.selector"), path
 
 
 def test_broken_json_is_vllms_to_refuse(client: Client) -> None:
