@@ -42,12 +42,10 @@ class Selector(Method):
     """What does the work."""
     keeps_state: ClassVar[bool] = False
     """Whether a worker remembers something of each request from step to step."""
-    keeps_metadata: ClassVar[bool] = False
-    """Whether a worker holds something for every page of the cache."""
     prepares: ClassVar[bool] = False
     """Whether the reader wants to see a request's pages before its first step, and after each compaction."""
     keeps_metadata: ClassVar[bool] = False
-    """Whether a worker holds something for each page of the cache (`Reader.page_bytes`), used or not."""
+    """Whether a worker holds something for each page of the cache , used or not."""
     with_policies: ClassVar[bool] = True
     """Whether it works over compressed caches, whose layers and heads hold different tokens."""
     with_tensor_parallel: ClassVar[bool] = True
