@@ -10,6 +10,7 @@ from pydantic import Field
 
 from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+from kvcache.evidence import dequantise
 
 
 class RecycledReader(Reader):
@@ -56,7 +57,7 @@ class RecycledReader(Reader):
         """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away."""
         chosen_by = self.chosen_by[cache.layer]
         place = rows.places.clamp(min=0).long()
-        now = queries.flatten(1).float() * cache.quant.query
+        now = dequantise(queries, cache.quant.query).flatten(1).float()
         likeness = torch.cosine_similarity(now, chosen_by.index_select(0, place), dim=-1)
         turned = torch.where(likeness < rows.thresholds, int(Mode.SELECT), int(Mode.REUSE)).int()
         modes = torch.where(rows.modes == int(Mode.CHECK), turned, rows.modes)
