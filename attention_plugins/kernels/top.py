@@ -242,7 +242,7 @@ def _top(
     histograms = torch.zeros(n * heads, 4, 256, dtype=torch.int32, device=scores.device)
     states = torch.empty(n * heads, 5, 2, dtype=torch.int32, device=scores.device)
     found = torch.empty(n * heads, chunks, 2, dtype=torch.int32, device=scores.device)
-    size = {"N": _CHUNK, "num_warps": 8}
+    size = {"N": _CHUNK, "num_warps": max(1, _CHUNK // 1024)}
     for digit in range(4):
         _count_digit[grid](*which, *given, histograms, states, width, **shape, PASS=digit, **size)
     _count_chosen[grid](*which, *given, histograms, states, found, width, **shape, **size)
