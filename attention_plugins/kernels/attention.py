@@ -12,6 +12,7 @@ from attention_plugins.decode.rows import DecodeRows, LayerCache
 from attention_plugins.kernels.tables import VARYING, contents_of, load_queries, nan_first, typed_queries
 
 _TOKENS, _LOGITS, _MAX_SPLITS = 64, 1024, 64
+_WARPS, _STAGES = 4, 3
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
@@ -149,7 +150,7 @@ def slot_attention(
     _attend[(n, heads, splits)](
         rows.modes, int(want), queries, queries.stride(0), contents, slots, slots.stride(1), counts, into,
         sums, soft, raw, width, scale,
-        HEADS=heads, **widths, TOKENS=_TOKENS, num_warps=4,
+        HEADS=heads, **widths, TOKENS=_TOKENS, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     chunks = 0 if logits is None else triton.cdiv(width, _LOGITS)
     _combine[(n, heads, group + chunks)](

@@ -23,7 +23,7 @@ from attention_plugins.kernels.tables import (
     typed_queries,
 )
 
-_PAGES = 64
+_PAGES, _WARPS, _STAGES = 64, 4, 3
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -110,5 +110,6 @@ def page_scores(
     _page_scores[(len(rows), shape["HEADS"], programs_each(len(rows), shape["HEADS"], chunks))](
         table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0), bounds,
         scores, scores.stride(0), factor,
-        **shape, **widths, MAX=reduce == "max", PAGES=_PAGES, num_warps=4,
+        **shape, **widths, MAX=reduce == "max", PAGES=_PAGES,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip

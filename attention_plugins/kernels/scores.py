@@ -23,13 +23,13 @@ from attention_plugins.kernels.tables import (
     typed_queries,
 )
 
-_TOKENS = 128
+_TOKENS, _WARPS, _STAGES, _PROGRAMS = 128, 4, 3, 4096
 
 
 def programs_each(n: int, num_kv_heads: int, chunks: int) -> int:
     """Programs that a row and head is shared among: enough that one row alone fills an H100, few enough that rows which
     have nothing to do cost little."""
-    return max(1, min(chunks, max(16, 4096 // (n * num_kv_heads))))
+    return max(1, min(chunks, max(16, _PROGRAMS // (n * num_kv_heads))))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -92,5 +92,6 @@ def token_scores(
     _token_scores[(len(rows), shape["HEADS"], programs_each(len(rows), shape["HEADS"], chunks))](
         table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0), keys, stride, lse,
         scores, scores.stride(0), scale,
-        **shape, **widths, MEAN=reduce == "mean", TOKENS=_TOKENS, num_warps=4,
+        **shape, **widths, MEAN=reduce == "mean", TOKENS=_TOKENS,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip

@@ -108,15 +108,17 @@ def page_at(table, row, number, there, HEADS: tl.constexpr):
     """Pages of these numbers of a row: int32, any shape; any page where it isn't there."""
     _, _, block_table, block_table_stride, blocks, blocks_stride, _, _, _, _, layer_base, block_stride = table
     request, head, slot, count, start, n, first, own_base = row
-    kept = there & (number < count)
-    index = start + number
-    base = tl.load(layer_base + index // (n * HEADS), mask=kept, other=0)
-    block = tl.load(blocks + slot * blocks_stride + index % n, mask=kept, other=0)
-    page = base + block * block_stride + index // n % HEADS
-    new = there & (number >= count)
     later = first + number - count
+    new = there & (number >= count)
     block = tl.load(block_table + request.to(tl.int64) * block_table_stride + later, mask=new, other=0)
-    return tl.where(number < count, page, own_base + block * block_stride + head)
+    page = own_base + block * block_stride + head
+    if count > 0:  # divisions that most rows don't need
+        kept = there & (number < count)
+        index = start + number
+        base = tl.load(layer_base + index // (n * HEADS), mask=kept, other=0)
+        block = tl.load(blocks + slot * blocks_stride + index % n, mask=kept, other=0)
+        page = tl.where(number < count, base + block * block_stride + index // n % HEADS, page)
+    return page
 
 
 @triton.jit

@@ -113,9 +113,26 @@ def _chunk(scores, scores_stride, head, start, candidates, N: tl.constexpr):
     return place, there, ordered(given)
 
 
+@triton.jit
+def _narrow(histograms, states, source, k, DIGITS: tl.constexpr):
+    """The first digits of the k-th highest key, and which of the keys that have them it is, after so many passes. The
+    last digit is found here, in every program alike, and noted for the next pass by the first one."""
+    prefix = 0
+    if DIGITS > 1:
+        prefix = tl.load(states + source * 10 + 2 * DIGITS - 2)
+        k = tl.load(states + source * 10 + 2 * DIGITS - 1)
+    if DIGITS > 0:
+        digit, k = next_digit(histograms + source * 1024 + (DIGITS - 1) * 256, k)
+        prefix = (prefix << 8) | digit
+        if tl.program_id(2) == 0:
+            tl.store(states + source * 10 + 2 * DIGITS, prefix)
+            tl.store(states + source * 10 + 2 * DIGITS + 1, k)
+    return prefix, k
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _count_digit(
-    table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, width,
+    table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, states, width,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr,
     PASS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -126,33 +143,21 @@ def _count_digit(
     )  # fmt: skip
     if length <= 0 or tl.program_id(2) * N >= candidates or k == candidates or k == 0:
         return
-    histogram = histograms + (request * HEADS + head).to(tl.int64) * 1024
+    source = (request * HEADS + head).to(tl.int64)
     _, there, keys = _chunk(scores, scores_stride, head, start, candidates, N)
-    prefix = 0
-    for done in tl.static_range(PASS):
-        digit, k = next_digit(histogram + done * 256, k)
-        prefix = (prefix << 8) | digit
+    prefix, _ = _narrow(histograms, states, source, k, PASS)
     if PASS > 0:
         there = there & ((keys >> (32 - 8 * PASS)).to(tl.int32) == prefix)
         if tl.sum(there.to(tl.int32), 0) == 0:
             return
     counts = count_digits(((keys >> (24 - 8 * PASS)) & 255).to(tl.int32), there)
-    tl.atomic_add(histogram + PASS * 256 + tl.arange(0, 256), counts, mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _threshold(histogram, k):
-    """After all passes: the k-th highest key, and how many equal ones are needed."""
-    threshold = tl.zeros([1], tl.uint32)
-    for done in tl.static_range(4):
-        digit, k = next_digit(histogram + done * 256, k)
-        threshold = (threshold << 8) | digit.to(tl.uint32)
-    return threshold, k
+    digit = tl.arange(0, 256)
+    tl.atomic_add(histograms + source * 1024 + PASS * 256 + digit, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _count_chosen(
-    table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, found, width,
+    table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, states, found, width,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
@@ -164,8 +169,9 @@ def _count_chosen(
     if length <= 0 or chunk * N >= candidates or k == candidates or k == 0:
         return
     source = (request * HEADS + head).to(tl.int64)
-    threshold, _ = _threshold(histograms + source * 1024, k)
     _, there, keys = _chunk(scores, scores_stride, head, start, candidates, N)
+    prefix, _ = _narrow(histograms, states, source, k, 4)
+    threshold = prefix.to(tl.uint32, bitcast=True)
     at = found + (source * tl.num_programs(2) + chunk) * 2
     tl.store(at, tl.sum((there & (keys > threshold)).to(tl.int32), 0))
     tl.store(at + 1, tl.sum((there & (keys == threshold)).to(tl.int32), 0))
@@ -173,7 +179,7 @@ def _count_chosen(
 
 @triton.jit(do_not_specialize=VARYING)
 def _write_chosen(
-    table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, found, out, out_stride, counts,
+    table, layer, modes, want, tokens, starts, into, scores, scores_stride, states, found, out, out_stride, counts,
     width,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr,
     N: tl.constexpr, CHUNKS_2: tl.constexpr,
@@ -197,7 +203,8 @@ def _write_chosen(
         tl.store(line + place, _value(table, row, place, there, HEADS, PAGE, KIND), mask=there)
     else:
         source = (request * HEADS + head).to(tl.int64)
-        threshold, need = _threshold(histograms + source * 1024, k)
+        threshold = tl.load(states + source * 10 + 8).to(tl.uint32, bitcast=True)
+        need = tl.load(states + source * 10 + 9)
         place, there, keys = _chunk(scores, scores_stride, head, start, candidates, N)
         other = tl.arange(0, CHUNKS_2)
         before = found + (source * tl.num_programs(2) + other) * 2
@@ -227,19 +234,21 @@ def _top(
         size = max(16, triton.next_power_of_2(most))
         _top_in_registers[(n, heads)](
             *which, scores, scores.stride(0), out, out.stride(0), counts, width,
-            **shape, N=size, num_warps=min(16, max(1, size // 512)),
+            **shape, N=size, num_warps=min(32, max(1, size // 512)),
         )  # fmt: skip
         return
     chunks = triton.cdiv(most, _CHUNK)
     grid, given = (n, heads, chunks), (scores, scores.stride(0))
     histograms = torch.zeros(n * heads, 4, 256, dtype=torch.int32, device=scores.device)
+    states = torch.empty(n * heads, 5, 2, dtype=torch.int32, device=scores.device)
     found = torch.empty(n * heads, chunks, 2, dtype=torch.int32, device=scores.device)
+    size = {"N": _CHUNK, "num_warps": max(1, _CHUNK // 1024)}
     for digit in range(4):
-        _count_digit[grid](*which, *given, histograms, width, **shape, PASS=digit, N=_CHUNK, num_warps=8)
-    _count_chosen[grid](*which, *given, histograms, found, width, **shape, N=_CHUNK, num_warps=8)
+        _count_digit[grid](*which, *given, histograms, states, width, **shape, PASS=digit, **size)
+    _count_chosen[grid](*which, *given, histograms, states, found, width, **shape, **size)
     _write_chosen[grid](
-        *which, *given, histograms, found, out, out.stride(0), counts, width,
-        **shape, N=_CHUNK, CHUNKS_2=triton.next_power_of_2(chunks), num_warps=8,
+        *which, *given, states, found, out, out.stride(0), counts, width,
+        **shape, CHUNKS_2=triton.next_power_of_2(chunks), **size,
     )  # fmt: skip
 
 

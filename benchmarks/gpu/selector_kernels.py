@@ -271,10 +271,10 @@ def main() -> None:
             selections(cache, flash, bounds, budget)
         del cache, flash, bounds
         torch.cuda.empty_cache()
-    print(f"\n{'':50s}{'context':>9s}{'batch':>7s}{'budget':>8s}{'µs':>9s}")
+    print(f"\n{'':66s}{'context':>9s}{'batch':>7s}{'budget':>8s}{'µs':>9s}")
     for one in ROWS:
         took = one.get("us", "failed")
-        print(f"{one['what']:50s}{one['context']:9d}{one['batch']:7d}{one['budget'] or '':>8}{took:>9}")
+        print(f"{one['what']:66s}{one['context']:9d}{one['batch']:7d}{one['budget'] or '':>8}{took:>9}")
 
 
 if __name__ == "__main__":

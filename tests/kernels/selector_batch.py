@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from attention_plugins import naive
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.page_rows import page_rows
 from kvcache.evidence import QuantScales, dequantise
@@ -16,6 +18,7 @@ from kvcache.tables import PageTables
 
 LAYERS, LAYER = 3, 1
 EVERY = Mode.DENSE | Mode.SELECT | Mode.REUSE
+UNTOUCHED = -7
 
 
 @dataclass(frozen=True)
@@ -165,3 +168,31 @@ class Batch:
         slots = torch.cat([slots for heads in self.slots for slots in heads])
         pages, filled = (slots // self.page).unique(return_counts=True)
         return pages, filled
+
+    def lists(self, *more: int) -> torch.Tensor:
+        """Untouched, one for each row and head."""
+        return self.filled(UNTOUCHED, len(self.given), self.heads, *more)
+
+
+def both(
+    name: str, outputs: list[torch.Tensor], *arguments: Any, **options: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a kernel and its twin make of copies of the same outputs, their first arguments."""
+    from attention_plugins import kernels
+
+    found, expected = ([tensor.clone() for tensor in outputs] for _ in range(2))
+    getattr(kernels, name)(*found, *arguments, **options)
+    getattr(naive, name)(*expected, *arguments, **options)
+    return found, expected
+
+
+def assert_same(name: str, outputs: list[torch.Tensor], *arguments: Any, **options: Any) -> list[torch.Tensor]:
+    found, expected = both(name, outputs, *arguments, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tolist() == other.tolist()
+    return found
+
+
+def assert_close(name: str, outputs: list[torch.Tensor], *arguments: Any, **options: Any) -> None:
+    """Both multiply the same numbers exactly and add in float32; what differs is the order."""
+    torch.testing.assert_close(*both(name, outputs, *arguments, **options), rtol=1e-4, atol=1e-4)

@@ -11,9 +11,8 @@ import torch
 from attention_plugins import naive
 from attention_plugins.decode.rows import Mode
 from kvcache.evidence import QuantScales
-from tests.kernels.selector_batch import EVERY, MIXED, Batch, Row
+from tests.kernels.selector_batch import EVERY, MIXED, UNTOUCHED, Batch, Row
 
-UNTOUCHED = -7
 SELECT = Mode.SELECT
 
 
