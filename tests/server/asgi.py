@@ -58,8 +58,9 @@ class Handler:
         if scope["type"] == "http":
             while not self.seen or self.seen[-1].get("more_body"):
                 self.seen.append(await receive())
-        for usage in self.finished if request else ():
-            request.tell("decode_attention" if "selector" in usage else "kv_cache", usage)
+        if request:
+            for usage in self.finished:
+                request.tell("decode_attention" if "selector" in usage else "kv_cache", usage)
         for message in self.answer:
             await send(message)
 
