@@ -66,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "doctor")
+COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "calibrate", "doctor")
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
