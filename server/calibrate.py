@@ -34,7 +34,8 @@ class Calibration:
     def summary(self) -> str:
         basis = self.tensors[BASIS]
         layers, heads, _, rank = basis.shape
-        lines = [f"{BASIS}: {rank} directions of {layers} x {heads} heads hold {self.held[BASIS]:.1%} of their keys"]
+        share = self.held[BASIS]
+        lines = [f"{BASIS}: {rank} directions in each of {layers} x {heads} heads hold {share:.1%} of its keys' square"]
         for name in SELECTORS:
             chosen = " and ".join(map(str, self.tensors[f"{name}.layers"].tolist()))
             lines.append(

@@ -182,6 +182,7 @@ def _selectors(argv: list[str]) -> None:
     as_json = parser.parse_args(argv).json
 
     from attention_plugins.decode.registry import DENSE, selectors
+    from server.selectors import needs_of
 
     described = [selector.describe() for selector in selectors().values()]
     with _reader_may_leave():
@@ -191,18 +192,8 @@ def _selectors(argv: list[str]) -> None:
         print(f"{DENSE}\n    Read everything: stock vLLM.")
         for selector in described:
             print(f"\n{selector['name']}\n    {selector['title']} ({selector['paper']})")
-            needs = [text for name, wanted, text in _NEEDS if selector[name] is wanted]
-            print(f"    needs: {', '.join(needs) or 'nothing'}")
+            print(f"    needs: {', '.join(needs_of(selector)) or 'nothing'}")
             _print_arguments(selector)
-
-
-_NEEDS = (
-    ("with_policies", False, "a cache that no policy compresses"),
-    ("with_tensor_parallel", False, "all heads on one GPU"),
-    ("needs_calibration", True, "a file of `longreach calibrate`"),
-    ("keeps_metadata", True, "memory beside every page of the cache"),
-)
-"""What a selector's own attributes say that it needs: name, value, words."""
 
 
 def _head_gates(argv: list[str]) -> None:

@@ -210,7 +210,10 @@ def test_the_command(
     monkeypatch.setattr("server.calibrate.tokens", lambda _, text: prompts(1030)[0] if text == "words" else [])
     main(["calibrate", str(text), "--output", str(file), "--model", str(folder), "--rank", "4", "--progress"])
     captured = capsys.readouterr()
-    assert "loki.basis: 4 directions of 3 x 2 heads hold" in captured.out and "tidal.layers: 1 and 2;" in captured.out
+    assert (
+        "loki.basis: 4 directions in each of 3 x 2 heads hold" in captured.out
+        and "tidal.layers: 1 and 2;" in captured.out
+    )
     assert "3/3" in captured.err and "prompt 1 of 1, 1,030 tokens" in captured.err
     assert read_calibration(file, CacheShape(LAYERS, HEADS, DIM))["loki.basis"].shape[-1] == 4
 

@@ -286,7 +286,7 @@ def test_selectors_are_listed(run: Run) -> None:
     assert text.startswith("dense\n")
     for selector in selectors().values():
         assert f"\n{selector.name}\n    {selector.title} ({selector.paper})\n    needs: " in text
-    assert "needs: a cache that no policy compresses, all heads on one GPU\n" in text
+    assert "needs: a whole cache, which no policy compresses, all heads on one GPU\n" in text
     assert [selector["name"] for selector in json.loads(run("selectors", "--json").out)] == list(selectors())
     outcome = run("selectors", "--yaml")
     assert outcome.code == 2 and "unrecognized arguments: --yaml" in outcome.err
