@@ -8,7 +8,11 @@ from kvcache.tables import PageTables
 
 
 def page_rows(
-    tables: PageTables, slots: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor
+    tables: PageTables,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    only: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All layers' rows. `attention_plugins.kernels.page_rows` does one layer at a time, into given tensors.
 
@@ -17,16 +21,18 @@ def page_rows(
         slots: int32 [n], each request's table, or -1 for one that isn't compacted: its rows are empty.
         seq_lens: int32 [n], logical lengths.
         block_table: int32 [n, blocks], vLLM's: block ids by logical block number.
+        only: the one layer that is wanted; num_layers is 1 in what comes back.
 
     Returns:
         pages: int32 [num_layers, n * num_kv_heads, width]; entries behind a row's pages are 0.
         lengths: int32 [num_layers, n * num_kv_heads], slots in use.
     """
     g, device = tables.geometry, tables.blocks.device
+    layers = slice(None) if only is None else slice(only, only + 1)
     slot = slots.clamp(min=0).long()
     here = (slots >= 0)[:, None, None, None]
     first = tables.first_block[slot].long()[:, None, None]
-    counts, starts = tables.counts[slot].long(), tables.starts[slot].long()  # [n, layers, heads]
+    counts, starts = tables.counts[slot, layers].long(), tables.starts[slot, layers].long()  # [n, layers, heads]
     tail = seq_lens.long()[:, None, None] - first * g.page_size
     lengths = torch.where(here[..., 0], counts * g.page_size + tail, 0)
     total = counts + -(-tail // g.page_size)
@@ -43,7 +49,7 @@ def page_rows(
     later = later.clamp(0, block_table.shape[1] - 1)
     later = block_table.long()[:, None, None].expand(*index.shape[:-1], -1).gather(-1, later)
     heads = torch.arange(g.num_kv_heads, device=device)[:, None]
-    appended = tables.layer_base[:, None, None] + later * g.block_stride + heads
+    appended = tables.layer_base[layers, None, None] + later * g.block_stride + heads
 
     pages = torch.where(column < counts[..., None], kept, appended)
     pages = torch.where(here & (column < total[..., None]), pages, 0)

@@ -140,6 +140,12 @@ class Compressor:
         request = self.requests.get(request_id)
         return request.slot if request else None
 
+    def page_counts(self, request_id: str) -> torch.Tensor:
+        """Compacted pages of a compacted request: int64 [num_layers, num_kv_heads], on the CPU."""
+        counts = self.requests[request_id].counts
+        assert counts is not None
+        return counts
+
     def kept_positions(self, request_id: str) -> list[list[torch.Tensor]]:
         """Kept positions up to the last boundary, less the prompt's tail, ascending, by layer and KV head.
 

@@ -57,6 +57,9 @@ class PageCodec(Protocol):
     def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write keys and values of single tokens, each [n, head_dim] in the dtype of `pages`; no slot comes twice."""
 
+    def read_tokens(self, pages: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `write_tokens`: copies of keys and values, each [n, head_dim]; a slot may come twice."""
+
 
 @dataclass(frozen=True)
 class PermutedCodec:
@@ -91,6 +94,10 @@ class PermutedCodec:
     def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         pages.view(-1)[self._elements(slots)] = torch.cat([keys, values], -1)
 
+    def read_tokens(self, pages: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = pages.view(-1)[self._elements(slots)].split(self.head_dim, -1)
+        return keys, values
+
     def _elements(self, slots: torch.Tensor) -> torch.Tensor:
         """Places of the slots' elements in the cache: int64 [n, 2 * head_dim]."""
         by_token = self.order.view(2, self.page_size, self.head_dim).transpose(0, 1).flatten(1)
@@ -117,3 +124,7 @@ class InterleavedCodec:
 
     def write_tokens(self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         pages.view(-1, 2 * self.head_dim).index_copy_(0, slots, torch.cat([keys, values], -1))
+
+    def read_tokens(self, pages: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = pages.view(-1, 2 * self.head_dim).index_select(0, slots).split(self.head_dim, -1)
+        return keys, values

@@ -54,10 +54,19 @@ class Rotary:
         return cosines, sines
 
     def _turn(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """Each number is read and written as seldom as torch allows: a prompt's queries are gigabytes."""
+        turned = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         rotary_dim = self.table.shape[1]
-        x = x.float()
-        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        a, b = turned.chunk(2, -1) if self.neox else (turned[..., ::2], turned[..., 1::2])
-        a, b = a * cosines - b * sines, b * cosines + a * sines
-        turned = torch.cat((a, b), -1) if self.neox else torch.stack((a, b), -1).flatten(-2)
-        return torch.cat((turned, rest), -1)
+        if rotary_dim < x.shape[-1]:
+            turned[..., rotary_dim:] = x[..., rotary_dim:]
+        (a, b), (new_a, new_b) = self._pairs(x), self._pairs(turned)
+        torch.mul(a, cosines, out=new_a).addcmul_(b, sines, value=-1)
+        torch.mul(b, cosines, out=new_b).addcmul_(a, sines)
+        return turned
+
+    def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second numbers of all pairs."""
+        rotary_dim = self.table.shape[1]
+        if self.neox:
+            return x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
+        return x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]

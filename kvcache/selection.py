@@ -58,6 +58,25 @@ def keep_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return positions.sort(-1).values
 
 
+def among_top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Whether each entry is one of its row's `count` highest; of equal scores the lower position wins.
+
+    For all rows alike, and unordered, this is less work than `keep_top`.
+
+    Args:
+        scores: float32 [rows, n], no NaN.
+        count: 0 <= count <= n.
+
+    Returns:
+        bool [rows, n].
+    """
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = scores > least, scores == least
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 def ragged(counts: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and place in its row of every entry of rows with these lengths, row by row: two int64 [sum of counts].
 

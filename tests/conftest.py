@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
+
+import tests.device
 
 # Kernels run in Triton's interpreter where there is no GPU. Triton reads this when it is imported, and vLLM imports
 # it: in tests/kernels, the tests of other folders would already have done so.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where tests/kvcache runs the code under test"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no GPU")
+    tests.device.DEVICE = torch.device(device)

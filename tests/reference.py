@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 _masks: list[torch.Tensor] | None = None
+Reads = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, queries [num_kv_heads, group, d] times the scale, keys [num_kv_heads, n, d]) -> bool [num_kv_heads, n]."""
+_reads: Reads | None = None
 
 
 def _attention(
@@ -30,6 +34,9 @@ def _attention(
     if _masks is not None:
         mask = _masks[module.layer_idx]
         visible[:, :, : mask.shape[1]] &= mask[:, None, :]
+    if _reads is not None:
+        queries = query[0, :, 0].unflatten(0, (-1, group)) * scaling
+        visible[:, 0] &= _reads(module.layer_idx, queries, key[0])
     visible = visible.repeat_interleave(group, 0)
     logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * scaling
     output = logits.masked_fill(~visible, float("-inf")).softmax(-1) @ value[0].repeat_interleave(group, 0)
@@ -82,6 +89,22 @@ class Reference:
                 known.append(int(output.logits[0, -1].argmax()))
         _masks = None
         return known[len(prompt) :]
+
+    @torch.inference_mode()
+    def greedy_reading(self, prompt: list[int], max_tokens: int, reads: Reads) -> list[int]:
+        """Greedy tokens where each step after the prompt sees what `reads` says."""
+        global _masks, _reads
+        _masks = None
+        output = self.model(torch.tensor([prompt]), use_cache=True)
+        tokens = [int(output.logits[0, -1].argmax())]
+        _reads = reads
+        try:
+            while len(tokens) < max_tokens:
+                output = self.model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+                tokens.append(int(output.logits[0, -1].argmax()))
+        finally:
+            _reads = None
+        return tokens
 
     @torch.inference_mode()
     def greedy(

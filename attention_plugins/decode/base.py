@@ -45,7 +45,7 @@ class Selector(Method):
     prepares: ClassVar[bool] = False
     """Whether the reader wants to see a request's pages before its first step, and after each compaction."""
     keeps_metadata: ClassVar[bool] = False
-    """Whether a worker holds something for each page of the cache (`Reader.page_bytes`), used or not."""
+    """Whether a worker holds something for each page of the cache , used or not."""
     with_policies: ClassVar[bool] = True
     """Whether it works over compressed caches, whose layers and heads hold different tokens."""
     with_tensor_parallel: ClassVar[bool] = True
@@ -148,6 +148,10 @@ class Buffers:
             torch.zeros(heads, place.capacity, device=device),
         )
 
+    @staticmethod
+    def nbytes(place: Place) -> int:
+        return 4 * place.geometry.num_kv_heads * (place.rows * (place.width + 1) + place.capacity)
+
 
 ReadPages = Callable[..., torch.Tensor]
 """`read_pages(out, queries, pages, lengths, cache)`: the platform's attention over page tables.
@@ -174,12 +178,7 @@ class Reader(ABC):
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
-        """Memory that it holds beside `Buffers` and what it has for each page."""
-        return 0
-
-    @classmethod
-    def page_bytes(cls, geometry: PageGeometry, itemsize: int, calibration: Mapping[str, torch.Tensor]) -> int:
-        """Memory that it holds for each page of the cache; `itemsize` is the model's dtype's."""
+        """Memory that it holds, `Buffers` not counted."""
         return 0
 
     def whole(self, modes: Mode) -> bool:

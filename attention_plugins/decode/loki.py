@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from attention_plugins.decode.base import Place, Reader, Selector
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.evidence import dequantise
-from kvcache.pages import PageGeometry
 
 BASIS = "loki.basis"
 """Name in the calibration: float32 [num_layers, num_kv_heads, head_dim, rank], a head's first principal directions."""
@@ -32,12 +30,10 @@ class LokiReader(Reader):
         self.own = torch.arange(place.rows, dtype=torch.int32, device=place.device)
 
     @classmethod
-    def page_bytes(cls, geometry: PageGeometry, itemsize: int, calibration: Mapping[str, torch.Tensor]) -> int:
-        return geometry.page_size * calibration[BASIS].shape[-1] * itemsize
-
-    @classmethod
     def nbytes(cls, place: Place) -> int:
-        return 4 * place.rows * (place.geometry.num_kv_heads * (place.tokens + 1) + 1)
+        labels = (place.num_pages * place.geometry.page_size + 1) * place.calibration[BASIS].shape[-1]
+        lists = 4 * place.rows * (place.geometry.num_kv_heads * (place.tokens + 1) + 1)
+        return labels * place.dtype.itemsize + lists
 
     def whole(self, modes: Mode) -> bool:
         return bool(modes & Mode.DENSE)
@@ -64,7 +60,7 @@ class LokiReader(Reader):
         self.ops.token_scores(self.buffers.scores, rows, cache, turned, Mode.SELECT, labels=self.labels)
         slots, counts, own = self.slots[:n], self.counts[:n], self.own[:n]
         self.ops.top_slots(slots, counts, self.buffers.scores, rows, cache, Mode.SELECT, into=own)
-        self.ops.slot_attention(out, queries, slots, counts, own, cache, rows, Mode.SELECT)
+        self.ops.slot_attention(out, queries, slots, counts, own, rows, cache, Mode.SELECT)
 
     def _seen(self, keys: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Stored keys as numbers of the model's dtype."""
@@ -86,6 +82,7 @@ class Loki(Selector):
     title = "Loki: tokens by their keys' principal directions"
     paper = "arXiv 2406.02542"
     reader = LokiReader
+    keeps_metadata = True
     prepares = True
     keeps_metadata = True
     needs_calibration = True

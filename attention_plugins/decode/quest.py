@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from attention_plugins.decode.base import Reader, Selector
+from attention_plugins.decode.base import Place, Reader, Selector
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from kvcache.pages import PageGeometry
 
 DENSE_LAYERS = 2
 """First layers that read everything, as in the paper's evaluation."""
@@ -21,13 +19,12 @@ class QuestReader(Reader):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        place = self.place
-        shape = place.num_pages, 2, place.geometry.head_dim
-        self.bounds = torch.zeros(shape, dtype=place.dtype, device=place.device)
+        shape = self.place.num_pages, 2, self.place.geometry.head_dim
+        self.bounds = torch.zeros(shape, dtype=self.place.dtype, device=self.place.device)
 
     @classmethod
-    def page_bytes(cls, geometry: PageGeometry, itemsize: int, calibration: Mapping[str, torch.Tensor]) -> int:
-        return 2 * geometry.head_dim * itemsize
+    def nbytes(cls, place: Place) -> int:
+        return place.num_pages * 2 * place.geometry.head_dim * place.dtype.itemsize
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         for cache in caches[DENSE_LAYERS:]:
@@ -39,7 +36,7 @@ class QuestReader(Reader):
             return
         scores = self.buffers.scores
         pages, lengths = self.tables(len(rows))
-        self.ops.grow_bounds(self.bounds, rows, cache, Mode.DENSE | Mode.SELECT)
+        self.ops.grow_bounds(self.bounds, rows, cache, Mode.SELECT)
         self.ops.page_scores(scores, self.bounds, rows, cache, queries, Mode.SELECT)
         self.ops.top_pages(pages, lengths, scores, rows, cache, Mode.SELECT)
         self.read_pages(out, queries, pages, lengths, cache)
@@ -61,5 +58,6 @@ class Quest(Selector):
     title = "Quest: pages by an upper bound of their keys"
     paper = "arXiv 2406.10774"
     reader = QuestReader
+    keeps_metadata = True
     prepares = True
     keeps_metadata = True

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+from kvcache.evidence import dequantise
 
 
 class RecycledReader(Reader):
@@ -49,14 +50,14 @@ class RecycledReader(Reader):
             self.ops.top_slots(slots, counts, scores, rows, cache, Mode.SELECT, into=rows.places)
         self.ops.append_newest(slots, counts, rows.places, rows, cache, Mode.REUSE)
         logits = self.logits[: len(rows)]
-        self.ops.slot_attention(out, queries, slots, counts, rows.places, cache, rows, Mode.REUSE, logits=logits)
+        self.ops.slot_attention(out, queries, slots, counts, rows.places, rows, cache, Mode.REUSE, logits=logits)
         self.ops.evict_least(slots, counts, rows.places, rows, logits, Mode.REUSE)
 
     def _checked(self, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> DecodeRows:
         """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away."""
         chosen_by = self.chosen_by[cache.layer]
         place = rows.places.clamp(min=0).long()
-        now = queries.flatten(1).float() * cache.quant.query
+        now = dequantise(queries, cache.quant.query).flatten(1).float()
         likeness = torch.cosine_similarity(now, chosen_by.index_select(0, place), dim=-1)
         turned = torch.where(likeness < rows.thresholds, int(Mode.SELECT), int(Mode.REUSE)).int()
         modes = torch.where(rows.modes == int(Mode.CHECK), turned, rows.modes)

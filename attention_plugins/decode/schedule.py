@@ -14,7 +14,14 @@ CROWDED = "crowded"
 
 @dataclass(frozen=True)
 class Read:
-    """One request's part of a step, for workers."""
+    """One request's part of a step, for workers.
+
+    Attributes:
+        context: logical length, the step's token included.
+        tokens: K.
+        place: of its state; -1 for selectors that keep none.
+        prepare: whether the reader has to see its cache first. Not for workers.
+    """
 
     request_id: str
     selector: str
@@ -23,6 +30,25 @@ class Read:
     tokens: int
     threshold: float
     place: int
+    prepare: bool = False
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """A reader is to see a request's cache: its prompt is done, or it was compacted, or it starts again.
+
+    Attributes:
+        blocks: vLLM's block ids from `first_block` on.
+        first_block: logical number of the first of them; before it there is what the request's page table has.
+        tokens: logical length.
+    """
+
+    request_id: str
+    selector: str
+    place: int
+    blocks: list[int]
+    first_block: int
+    tokens: int
 
 
 @dataclass
@@ -30,31 +56,35 @@ class _Request:
     selector: Selector
     place: int | None
     since: int | None = None
+    prepared: bool = False
     steps: Counter[str] = field(default_factory=Counter)
 
 
 class ReadSchedule:
     """Modes and per-request states of all requests that have a selector.
 
-    `start` -> `plan` for each step with one new token -> (`forget` when what was selected is gone) -> `finish`.
+    `start` -> `begin_step` and `plan` for each step with one new token -> (`forget` when what was selected is gone) ->
+    `finish`.
 
-    Args:
-        states: most requests that workers keep state of.
-        capacity: most tokens, in whole pages, of all rows of a step that select.
-        page_size: tokens per page.
+    Attributes:
+        totals: steps since the start, by selector and by the names of `usage`; they only grow.
     """
 
     def __init__(self, *, states: int, capacity: int, page_size: int) -> None:
-        self.capacity, self.page_size = capacity, page_size
+        """
+        Args:
+            states: most requests that workers keep state of, and most rows of a step that select.
+            capacity: most tokens, in whole pages, of these rows.
+            page_size: tokens per page.
+        """
+        self.rows, self.capacity, self.page_size = states, capacity, page_size
+        self.totals: dict[str, Counter[str]] = {}
         self._free = list(range(states - 1, -1, -1))
         self._requests: dict[str, _Request] = {}
-        self._left = 0
+        self._rows_left = self._left = 0
 
     def start(self, request_id: str, selector: Selector) -> None:
-        """A request starts, or starts again after preemption: nothing is selected yet."""
-        if request := self._requests.get(request_id):
-            request.since = None
-            return
+        """A request with a selector is there."""
         self._requests[request_id] = _Request(selector, None)
 
     def selector(self, request_id: str) -> Selector | None:
@@ -62,9 +92,9 @@ class ReadSchedule:
         return request.selector if request else None
 
     def forget(self, request_id: str) -> None:
-        """What was selected isn't where it was."""
+        """What was selected, or prepared, isn't where it was: after a compaction, or a preemption."""
         if request := self._requests.get(request_id):
-            request.since = None
+            request.since, request.prepared = None, False
 
     def finish(self, request_id: str) -> None:
         """An unknown request is no error."""
@@ -73,45 +103,47 @@ class ReadSchedule:
             self._free.append(request.place)
 
     def begin_step(self) -> None:
-        self._left = self.capacity
+        self._rows_left, self._left = self.rows, self.capacity
 
-    def plan(self, request_id: str, context: int) -> Read | None:
+    def plan(self, request_id: str, context: int, held: int) -> Read | None:
         """What this request's step reads; None where it reads everything.
 
         Args:
             context: its tokens, the step's own included.
+            held: how many of them a KV head has on average: less where the request is compacted.
         """
         request = self._requests.get(request_id)
         if request is None:
             return None
-        mode = request.selector.mode(context, request.since)
+        selector = request.selector
+        mode = selector.mode(held, request.since)
         if mode is not Mode.DENSE and not self._has_room(request, context):
             mode, name = Mode.DENSE, CROWDED
         else:
             assert mode.name
             name = mode.name.lower()
         request.steps[name] += 1
-        if mode is Mode.SELECT:
-            request.since = 1
-        elif mode is Mode.DENSE:
-            request.since = None  # tokens came that no list knows
+        self.totals.setdefault(selector.name, Counter())[name] += 1
+        if mode is Mode.DENSE:
+            request.since, request.prepared = None, False  # tokens came that nobody took note of
             return None
-        elif request.since is not None:
-            request.since += 1
+        request.since = 1 if mode is Mode.SELECT or request.since is None else request.since + 1
+        prepare, request.prepared = selector.prepares and not request.prepared, True
         place = -1 if request.place is None else request.place
-        selector = request.selector
-        return Read(request_id, selector.name, mode, context, selector.args.tokens, selector.threshold, place)
+        tokens, threshold = selector.args.tokens, selector.threshold
+        return Read(request_id, selector.name, mode, context, tokens, threshold, place, prepare)
 
     def _has_room(self, request: _Request, context: int) -> bool:
         """Take this row's part of what workers have for a step, and for a request."""
         needed = -(-context // self.page_size) * self.page_size
-        if needed > self._left:
+        if needed > self._left or not self._rows_left:
             return False
         if request.selector.keeps_state and request.place is None:
             if not self._free:
                 return False
             request.place = self._free.pop()
         self._left -= needed
+        self._rows_left -= 1
         return True
 
     def usage(self, request_id: str) -> dict[str, int]:

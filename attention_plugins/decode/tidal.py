@@ -66,8 +66,8 @@ class TidalReader(Reader):
             self.read_whole(out, queries, rows, cache, Mode.DENSE)
         slots, counts, own = self.slots[:n], self.counts[:n], self.own[:n]
         self.ops.place_slots(slots, self.chosen[:n], counts, rows, cache, Mode.SELECT)
-        counts = counts.expand(-1, slots.shape[1])
-        self.ops.slot_attention(out, queries, slots, counts, own, cache, rows, Mode.SELECT)
+        counts = counts.expand(-1, slots.shape[1]).contiguous()
+        self.ops.slot_attention(out, queries, slots, counts, own, rows, cache, Mode.SELECT)
 
     def select(self, rows: DecodeRows, cache: LayerCache) -> None:
         """Choose from the layer's scores what the layers behind it read."""

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from attention_plugins.decode.rows import DecodeRows, LayerCache
+from attention_plugins.kernels.tables import VARYING, Table, open_row, pack_table, page_at, table_of
+from kvcache.pages import PageGeometry
 from kvcache.tables import PageTables
 
+_COLUMNS = 1024
 
-@triton.jit(do_not_specialize=["layer"])
+
+@triton.jit(do_not_specialize=VARYING)
 def _page_rows(
-    slots, seq_lens, block_table, block_table_stride,
-    blocks, blocks_stride, num_blocks, first_block, counts, starts, layer_base,
-    pages, pages_stride, lengths,
-    layer, block_stride,
+    table, layer, modes, want, pages, pages_stride, lengths,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    request, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + request)
-    here = slot >= 0
-    slot = tl.maximum(slot, 0).to(tl.int64)
-    place = (slot * LAYERS + layer) * HEADS + head
-    count, start = tl.load(counts + place), tl.load(starts + place)
-    n, first = tl.load(num_blocks + slot), tl.load(first_block + slot)
-    tail = tl.load(seq_lens + request) - first * PAGE
-    row = request * HEADS + head
-    tl.store(lengths + row, tl.where(here, count * PAGE + tail, 0))
-    total = tl.where(here, count + (tail + PAGE - 1) // PAGE, 0)
-    own_base = tl.load(layer_base + layer)
-    for first_column in range(0, total, COLUMNS):
-        column = first_column + tl.arange(0, COLUMNS)
-        kept = column < count
-        index = start + column
-        base = tl.load(layer_base + index // (n * HEADS), mask=kept, other=0)
-        block = tl.load(blocks + slot * blocks_stride + index % n, mask=kept, other=0)
-        page = base + block * block_stride + index // n % HEADS
-        new = (column >= count) & (column < total)
-        later = first + column - count
-        block = tl.load(block_table + request.to(tl.int64) * block_table_stride + later, mask=new, other=0)
-        page = tl.where(kept, page, own_base + block * block_stride + head)
-        tl.store(pages + row.to(tl.int64) * pages_stride + column, page, mask=column < total)
+    request, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length, row = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
+    if modes is not None:
+        length = tl.where((tl.load(modes + request) & want) != 0, length, 0)
+    at = request * HEADS + head
+    if chunk == 0:
+        tl.store(lengths + at, length)
+    total = (length + PAGE - 1) // PAGE
+    if chunk * COLUMNS >= total:
+        return
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    page = page_at(table, row, column, column < total, HEADS)
+    tl.store(pages + at.to(tl.int64) * pages_stride + column, page, mask=column < total)
+
+
+def _launch(
+    pages: torch.Tensor, lengths: torch.Tensor, table: Table, g: PageGeometry, n: int, layer: int, modes: Any, want: int
+) -> None:
+    _page_rows[(n, g.num_kv_heads, triton.cdiv(pages.shape[1], _COLUMNS))](
+        table, layer, modes, want, pages, pages.stride(0), lengths,
+        LAYERS=g.num_layers, HEADS=g.num_kv_heads, PAGE=g.page_size, COLUMNS=_COLUMNS, num_warps=4,
+    )  # fmt: skip
 
 
 def page_rows_into(
@@ -59,12 +61,12 @@ def page_rows_into(
         lengths: int32 [n * num_kv_heads].
         slots, seq_lens, block_table: see the twin.
     """
-    g = tables.geometry
-    _page_rows[(len(slots), g.num_kv_heads)](
-        slots, seq_lens, block_table, block_table.stride(0),
-        tables.blocks, tables.blocks.stride(0), tables.num_blocks, tables.first_block,
-        tables.counts, tables.starts, tables.layer_base,
-        pages, pages.stride(0), lengths,
-        layer, g.block_stride,
-        LAYERS=g.num_layers, HEADS=g.num_kv_heads, PAGE=g.page_size, COLUMNS=256, num_warps=2,
-    )  # fmt: skip
+    table = pack_table(tables, slots, seq_lens, block_table)
+    _launch(pages, lengths, table, tables.geometry, len(slots), layer, None, 0)
+
+
+def full_rows(
+    pages_out: torch.Tensor, lengths_out: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int
+) -> None:
+    """See `attention_plugins.naive.full_rows`."""
+    _launch(pages_out, lengths_out, table_of(rows), rows.tables.geometry, len(rows), cache.layer, rows.modes, int(want))

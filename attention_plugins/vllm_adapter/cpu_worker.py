@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from attention_plugins import naive
+from attention_plugins.decode.base import ReadPages
+from attention_plugins.naive.paged_attention import read_pages
 from attention_plugins.vllm_adapter import cpu_backend
 from attention_plugins.vllm_adapter.pages import probe_codec
 from attention_plugins.vllm_adapter.worker import CompressionWorker
@@ -21,6 +25,13 @@ cpu_backend.register()
 class CPUCompressionWorker(CompressionWorker, CPUWorker):
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         return probe_codec(geometry.page_size, geometry.head_dim, dtype, layer.isa)
+
+    @property
+    def ops(self) -> ModuleType:
+        return naive
+
+    def read_pages(self) -> ReadPages:
+        return read_pages
 
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self.model_runner.input_batch.req_ids

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -20,10 +22,15 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from attention_plugins.batch import CompactedBatch
+from attention_plugins.decode.rows import LayerCache
 from attention_plugins.kernels.page_rows import page_rows_into
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for
+from attention_plugins.vllm_adapter.selection import Selection
 from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata
 from kvcache.vllm_adapter.manager import compressible, register_spec
+
+MULTIPROCESSORS = 132
+"""Of an H100; where there are more or fewer, sequences are split a little too seldom or too often."""
 
 
 class CUDACompressedBackend(FlashAttentionBackend):
@@ -101,6 +108,9 @@ class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder)
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SplitMetadata:
         runtime = runtime_for(self.vllm_config)
+        if runtime is not None and isinstance(runtime.graph, Selection):
+            rows = runtime.fill_selected(runtime.graph, common_attn_metadata, _send)
+            return SplitMetadata(None, selected=[rows])
         if runtime is not None and runtime.graph in (BatchKind.COMPACTED, BatchKind.MIXED):
             return self._build_graph(runtime, common_attn_metadata)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -144,28 +154,36 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
         pages, lengths = self.buffers.pages[:sequences], self.buffers.lengths[:sequences]
         index = extract_layer_index(layer.layer_name)
         page_rows_into(pages, lengths, tables, index, batch.slots, batch.seq_lens, batch.block_table)
+        return self.flash(
+            layer,
+            queries,
+            pages,
+            lengths,
+            out=out,
+            max_seqlen_q=batch.max_query_len,
+            cu_seqlens_q=batch.query_start,
+            causal=True,
+            num_splits=self._num_splits(sequences, batch.token_heads is None),
+        )
+
+    def flash(self, layer: Any, queries: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor, **rest: Any) -> Any:
+        """FlashAttention where each sequence is one KV head of a request: queries [tokens, group, head_dim]."""
         content = self.pages.view(len(self.pages), self.page_size, 1, 2 * self.head_size)
-        descales: dict[str, torch.Tensor] = {}
         if is_quantized_kv_cache(self.kv_cache_dtype):
             content = content.view(current_platform.fp8_dtype())
             scales = {"q_descale": layer._q_scale, "k_descale": layer._k_scale, "v_descale": layer._v_scale}
-            descales = {name: scale.expand(sequences, 1) for name, scale in scales.items()}
+            rest |= {name: scale.expand(len(lengths), 1) for name, scale in scales.items()}
         return flash_attn_varlen_func(
             queries,
             content[..., : self.head_size],
             content[..., self.head_size :],
-            out=out,
-            max_seqlen_q=batch.max_query_len,
-            cu_seqlens_q=batch.query_start,
             max_seqlen_k=pages.shape[1] * self.page_size,
             seqused_k=lengths,
             softmax_scale=self.scale,
-            causal=True,
             block_table=pages,
             softcap=self.logits_soft_cap,
-            num_splits=self._num_splits(sequences, batch.token_heads is None),
             fa_version=self.vllm_flash_attn_version,
-            **descales,
+            **rest,
         )
 
     def _num_splits(self, sequences: int, in_graph: bool) -> int:
@@ -174,6 +192,49 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
         if self.batch_invariant_enabled or sequences > 528:
             return 1
         return self.max_num_splits if in_graph and self.vllm_flash_attn_version == 3 else 0
+
+
+class FlashPages:
+    """FlashAttention over page tables for selectors' readers (`attention_plugins.decode.base.ReadPages`)."""
+
+    def __init__(self, layers: Sequence[Any], most_sequences: int) -> None:
+        """
+        Args:
+            layers: of the model, in order.
+            most_sequences: of a step, (request, KV head) pairs.
+        """
+        self.layers = layers
+        device = layers[0].impl.pages.device
+        self.query_start = torch.arange(most_sequences + 1, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, out: torch.Tensor, queries: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor, cache: LayerCache
+    ) -> torch.Tensor:
+        layer, sequences = self.layers[cache.layer], len(lengths)
+        _, lse = layer.impl.flash(
+            layer,
+            queries.flatten(0, 1),
+            pages,
+            lengths,
+            out=out.flatten(0, 1),
+            max_seqlen_q=1,
+            cu_seqlens_q=self.query_start[: sequences + 1],
+            causal=False,  # one query sees all
+            num_splits=self._num_splits(layer.impl, sequences),
+            return_softmax_lse=True,
+        )
+        return lse.T.unflatten(0, queries.shape[:2])
+
+    def _num_splits(self, impl: CUDACompressedImpl, sequences: int) -> int:
+        """How many parts a sequence is attended in: as many as give every multiprocessor some, the same in and outside
+        graphs."""
+        if impl.batch_invariant_enabled or impl.vllm_flash_attn_version != 3:
+            return 1
+        return max(1, min(impl.max_num_splits, 4 * MULTIPROCESSORS // sequences))
+
+
+def _send(data: np.ndarray, out: torch.Tensor) -> None:
+    async_tensor_h2d(data, out=out)
 
 
 def register() -> None:

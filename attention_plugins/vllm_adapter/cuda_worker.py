@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
+from attention_plugins import kernels
+from attention_plugins.decode.base import ReadPages
+from attention_plugins.decode.settings import DecodeSettings
 from attention_plugins.vllm_adapter import cuda_backend
-from attention_plugins.vllm_adapter.cuda_backend import StepBuffers
+from attention_plugins.vllm_adapter.cuda_backend import FlashPages, StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
+from attention_plugins.vllm_adapter.readers import blocks_beside_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.kernels import column_sums, window_votes
+from kvcache.kernels import column_sums, similar_keys, window_votes
 from kvcache.observers.moments import QueryMoments
 from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
@@ -37,6 +42,14 @@ class CUDACompressionWorker(CompressionWorker, Worker):
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         return InterleavedCodec(geometry.page_size, geometry.head_dim)
 
+    @property
+    def ops(self) -> ModuleType:
+        return kernels
+
+    def read_pages(self) -> ReadPages:
+        settings, heads = DecodeSettings.of(self.vllm_config.additional_config), self.attention_layers[0].impl
+        return FlashPages(self.attention_layers, settings.states * heads.num_kv_heads)
+
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         names = self.model_runner.req_states.index_to_req_id
         return [names[index] for index in common.req_idx.tolist()]
@@ -48,12 +61,38 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         return QuantScales(query, layer._k_scale_float, layer._v_scale_float)
 
     def determine_available_memory(self) -> int:
-        """vLLM's, less what compression holds beside the KV cache; a size that the user gave stays as it is."""
+        """vLLM's, less what we hold beside the KV cache; a size that the user gave stays as it is."""
         if self.cache_config.kv_cache_memory_bytes:
             return super().determine_available_memory()
-        reserved = self.reserved_bytes()
-        logger.info("KV compression sets %.2f GiB aside", reserved / (1 << 30))
-        return super().determine_available_memory() - reserved
+        available, reserved = super().determine_available_memory(), self.reserved_bytes()
+        left = self._left_by_readers(available - reserved)
+        gib = 1 << 30
+        readers = (available - reserved - left) / gib
+        logger.info("KV compression sets %.2f GiB aside, selectors %.2f GiB", reserved / gib, readers)
+        return left
+
+    def _left_by_readers(self, available: int) -> int:
+        """Memory for the KV cache where selectors hold something beside it, for each page of it too."""
+        config, parallel = self.vllm_config, self.vllm_config.parallel_config
+        settings, model = DecodeSettings.of(config.additional_config), config.model_config
+        if not settings.selectors:
+            return available
+        layers, kv_heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+        head_dim, page_size = model.get_head_size(), config.cache_config.block_size
+        place = place_for(
+            settings,
+            PageGeometry(tuple(range(layers)), 1, kv_heads, page_size, head_dim),
+            num_blocks=0,
+            group=model.get_num_attention_heads(parallel) // kv_heads,
+            dtype=model.dtype,
+            device=self.device,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=model.max_model_len,
+            calibration=read_calibration(settings),
+        )
+        itemsize = 1 if is_quantized_kv_cache(config.cache_config.cache_dtype) else model.dtype.itemsize
+        block_bytes = layers * kv_heads * page_size * 2 * head_dim * itemsize
+        return blocks_beside_readers(settings, place, available, block_bytes) * block_bytes
 
     def reserved_bytes(self) -> int:
         """Memory of ours that lives beside the KV cache while the model runs.
@@ -67,7 +106,11 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         slots, page_size = config.scheduler_config.max_num_seqs, config.cache_config.block_size
         width = -(-config.model_config.max_model_len // page_size) + 1
         heads, head_dim = config.model_config.get_num_attention_heads(parallel), config.model_config.get_head_size()
-        graphs = 2 * len(config.compilation_config.cudagraph_capture_sizes or ())
+        sizes, settings = (
+            config.compilation_config.cudagraph_capture_sizes or (),
+            DecodeSettings.of(config.additional_config),
+        )
+        graphs = 2 * len(sizes) + 2 * len(settings.selectors) * sum(size <= settings.states for size in sizes)
         namm = 0
         if ours(config).get("namm_weights"):
             namm = Spectrogram.nbytes(layers, heads, kv_heads, head_dim, config.model_config.max_model_len)
@@ -119,3 +162,4 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         )
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
+        similar_keys.warm_up(evidence)

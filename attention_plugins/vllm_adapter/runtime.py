@@ -13,6 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from attention_plugins.vllm_adapter.selection import SelectedRows, Selecting, Selection
 from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
 from kvcache.observers.base import Observer
@@ -28,6 +29,8 @@ class BatchKind(StrEnum):
     DENSE = "dense"
     COMPACTED = "compacted"
     MIXED = "mixed"
+    SELECTED = "selected"
+    """Some row selects what it reads, whatever the others are."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,23 @@ class CompressionRuntime:
         in_step: between `begin_step` and `end_step`; outside (profiling, warm-up) every row is dense.
         kind: which rows the step's batch has.
         recording: whether an observer wants queries of this step.
-        graph: the kind of the FULL graph that this step replays or that is being captured; None without one.
+        wanted: which FULL graph could run the step's batch; None for vLLM's own, or none.
+        graph: the one that this step replays or that is being captured; None without one, or with vLLM's own.
     """
 
     def __init__(
-        self, compressor: Compressor, batch_request_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
+        self,
+        compressor: Compressor,
+        selecting: Selecting,
+        batch_request_ids: Callable[[CommonAttentionMetadata], Sequence[str]],
     ) -> None:
         """`batch_request_ids` names the requests of a batch's rows, in order; each model runner has its own way."""
-        self.compressor = compressor
+        self.compressor, self.selecting = compressor, selecting
         self._batch_request_ids = batch_request_ids
         self._reports: list[PendingReport] = []
         self.kind, self.recording = BatchKind.DENSE, False
-        self.graph: BatchKind | None = None
+        self.wanted: BatchKind | Selection | None = None
+        self.graph: BatchKind | Selection | None = None
         self.in_step = False
 
     @torch.inference_mode()
@@ -80,12 +88,17 @@ class CompressionRuntime:
             for start in orders.start:
                 self.compressor.start(start)
             self._reports += [self.compressor.compact(order) for order in orders.compact]
+            for prepare in orders.prepare:
+                self.selecting.prepare(prepare)
+            self.selecting.reads = orders.reads
+        scheduled = scheduler_output.num_scheduled_tokens
         if self.compressor.requests:
-            scheduled = scheduler_output.num_scheduled_tokens
             compacted = sum(self.compressor.slot(name) is not None for name in scheduled)
             self.recording = self._records(scheduler_output)
             if compacted:
-                self.kind = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
+                self.kind = self.wanted = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
+        if self.selecting.reads:
+            self.kind, self.wanted = BatchKind.SELECTED, self.selecting.graph(scheduled)
         self.in_step = True
 
     def _records(self, scheduler_output: Any) -> bool:
@@ -102,7 +115,8 @@ class CompressionRuntime:
 
     def end_step(self) -> None:
         self.in_step = False
-        self.kind, self.recording, self.graph = BatchKind.DENSE, False, None
+        self.kind, self.recording, self.wanted, self.graph = BatchKind.DENSE, False, None, None
+        self.selecting.reads = {}
 
     def take_reports(self) -> list[PendingReport]:
         reports, self._reports = self._reports, []
@@ -114,6 +128,25 @@ class CompressionRuntime:
         names = self._batch_request_ids(common)
         found = (-1 if (at := slot(name)) is None else at for name in names)
         return np.fromiter(found, dtype=np.int32, count=len(names))
+
+    def selected(self, common: CommonAttentionMetadata, slots: np.ndarray) -> tuple[np.ndarray, list[SelectedRows]]:
+        """Which of the batch's rows select what they read, bool [requests], and what readers need of them.
+
+        Args:
+            slots: see `slots`.
+        """
+        if not self.selecting.reads:
+            return np.zeros(len(slots), dtype=bool), []
+        names = self._batch_request_ids(common)
+        return self.selecting.mask(names), self.selecting.apart(common, names, slots)
+
+    def fill_selected(
+        self, selection: Selection, common: CommonAttentionMetadata, send: Callable[[np.ndarray, torch.Tensor], None]
+    ) -> SelectedRows:
+        """The rows of a FULL graph; at its capture all are empty."""
+        names: Sequence[str] = self._batch_request_ids(common) if self.in_step else ()
+        slots = self.slots(common) if self.in_step else np.zeros(0, dtype=np.int32)
+        return self.selecting.fill(selection, common, names, slots, send)
 
     def captures(self, common: CommonAttentionMetadata) -> list[Capture]:
         """Which of the batch's queries are evidence."""

@@ -12,7 +12,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from attention_plugins.batch import CompactedBatch, plan_compacted
+from attention_plugins.decode.rows import LayerCache
 from attention_plugins.vllm_adapter.runtime import BatchKind, Capture, CompressionRuntime, runtime_for
+from attention_plugins.vllm_adapter.selection import SelectedRows
 from kvcache.tables import PageTables, to_device
 
 
@@ -23,11 +25,12 @@ class SplitMetadata:
     Attributes:
         dense: the backend's own metadata of the batch, or None when every row is compacted. In a mixed batch it
             takes compacted rows as so short that they cost nothing; what it writes for them is overwritten.
-        compacted: the compacted rows, or None.
+        compacted: the compacted rows that read everything, or None.
         tables: where their pages are.
         plan: what the kernel wants prepared for the compacted rows.
         captures: queries to keep.
         mask: bool [rows, 1, 1]; in a mixed CUDA graph, which rows are compacted.
+        selected: rows that select what they read.
     """
 
     dense: Any
@@ -36,6 +39,7 @@ class SplitMetadata:
     plan: Any = None
     captures: list[Capture] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    selected: list[SelectedRows] = field(default_factory=list)
 
 
 class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -51,16 +55,19 @@ class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # ty
         return self.build_split(runtime, common)
 
     def build_split(self, runtime: CompressionRuntime, common: CommonAttentionMetadata) -> SplitMetadata:
-        """The metadata of a batch in which some rows are compacted."""
+        """The metadata of a batch in which some rows are compacted, or select what they read."""
         slots, starts = runtime.slots(common), common.query_start_loc_cpu.numpy()
-        dense = None
-        if (slots < 0).any():
-            dense = super().build(0, shortened(common, slots >= 0))
-        batch = plan_compacted(
-            slots, starts, common.seq_lens, common.block_table_tensor, self.kv_cache_spec.num_kv_heads
-        )
-        tables = runtime.compressor.tables
-        return SplitMetadata(dense, batch, tables, self.kernel_plan(batch, tables), runtime.captures(common))
+        selects, selected = runtime.selected(common, slots)
+        compacted = np.where(selects, -1, slots)
+        apart = selects | (compacted >= 0)
+        dense, batch, plan, tables = None, None, None, runtime.compressor.tables
+        if not apart.all():
+            dense = super().build(0, shortened(common, apart))
+        if (compacted >= 0).any():
+            heads = self.kv_cache_spec.num_kv_heads
+            batch = plan_compacted(compacted, starts, common.seq_lens, common.block_table_tensor, heads)
+            plan = self.kernel_plan(batch, tables)
+        return SplitMetadata(dense, batch, tables, plan, runtime.captures(common), selected=selected)
 
     def kernel_plan(self, batch: CompactedBatch, tables: PageTables) -> Any:
         """What the kernel wants prepared, for all layers."""
@@ -71,8 +78,9 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
     """In front of a backend's implementation, which adds `attend`."""
 
     pages: torch.Tensor
-    """The whole KV cache, [num_pages, 2 * page_size * head_dim]; set by the worker, as is `page_size`."""
+    """The whole KV cache, [num_pages, 2 * page_size * head_dim]; set by the worker, as the others."""
     page_size: int
+    cache: LayerCache
 
     def forward(
         self,
@@ -97,7 +105,20 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
             )
         if metadata.compacted is not None:
             self._attend_compacted(layer, query, metadata, output)
+        for selected in metadata.selected:
+            self._attend_selected(query, selected, output)
         return output
+
+    def _attend_selected(self, query: torch.Tensor, selected: SelectedRows, output: torch.Tensor) -> None:
+        shape = (-1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        queries, out, n = query.reshape(shape), output.view(shape), len(selected.rows)
+        if selected.tokens is None:
+            selected.reader.read(out[:n], queries[:n], selected.rows, self.cache, selected.whole)
+            return
+        queries = queries[selected.tokens]
+        found = torch.empty(queries.shape, dtype=out.dtype, device=out.device)
+        selected.reader.read(found, queries, selected.rows, self.cache, selected.whole)
+        out[selected.tokens] = found
 
     def _attend_compacted(self, layer: Any, query: torch.Tensor, metadata: SplitMetadata, output: torch.Tensor) -> None:
         """Each KV head with its own pages and length; its query group is the batch of query heads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
+from attention_plugins.decode.base import ReadPages
+from attention_plugins.decode.rows import LayerCache
+from attention_plugins.decode.settings import DecodeSettings
 from attention_plugins.vllm_adapter.pages import flat_pages
+from attention_plugins.vllm_adapter.readers import make_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.rotary import UnknownRotary, find_rotary
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
+from attention_plugins.vllm_adapter.selection import Selecting
 from kvcache.compressor import Compressor
 from kvcache.evidence import Evidence, QuantScales
 from kvcache.model import ModelFacts
@@ -54,6 +60,15 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The requests of a batch's rows, in order."""
 
+    @property
+    @abstractmethod
+    def ops(self) -> ModuleType:
+        """Selectors' operations: `attention_plugins.naive` or `attention_plugins.kernels`."""
+
+    @abstractmethod
+    def read_pages(self) -> ReadPages:
+        """The platform's attention over page tables, for selectors."""
+
     def quant_scales(self, layer: Any) -> QuantScales:
         """What a layer's queries and cached numbers are multiplied with."""
         return QuantScales()
@@ -90,8 +105,37 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             model=ModelFacts(rotary, network),
             keep_positions=bool(ours(self.vllm_config).get("keep_positions")),
         )
-        self.runtime = CompressionRuntime(compressor, self.request_ids)
+        self.runtime = CompressionRuntime(compressor, self._selecting(compressor), self.request_ids)
         set_runtime(self.vllm_config, self.runtime)
+
+    def _selecting(self, compressor: Compressor) -> Selecting:
+        """The server's selectors.
+
+        Raises:
+            ValueError: the model's attention has a part that selectors would leave out.
+        """
+        settings, layers = DecodeSettings.of(self.vllm_config.additional_config), self.attention_layers
+        caches = [
+            LayerCache(index, compressor.pages, compressor.geometry, compressor.codec, quant, compressor.scale)
+            for index, quant in enumerate(compressor.quant)
+        ]
+        for layer, cache in zip(layers, caches, strict=True):
+            layer.impl.cache = cache
+        first = layers[0].impl
+        if settings.selectors and first.logits_soft_cap:
+            raise ValueError("decode selectors don't know logit soft caps: start with --decode-selectors none")
+        place = place_for(
+            settings,
+            compressor.geometry,
+            num_blocks=len(compressor.pages) // (compressor.geometry.num_layers * compressor.geometry.num_kv_heads),
+            group=first.num_heads // first.num_kv_heads,
+            dtype=self.vllm_config.model_config.dtype,
+            device=compressor.pages.device,
+            max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
+            max_model_len=self.vllm_config.model_config.max_model_len,
+            calibration=read_calibration(settings),
+        )
+        return Selecting(compressor, make_readers(settings, place, self.ops, self.read_pages()), caches)
 
     def _namm(self, device: torch.device) -> Network | None:
         file = ours(self.vllm_config).get("namm_weights")

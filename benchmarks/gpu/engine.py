@@ -24,6 +24,9 @@ LLAMA_8B: dict[str, Any] = {
 }  # fmt: skip
 """Llama-3.1-8B's shapes; served with random weights, since speed doesn't depend on them."""
 
+FEW_GRAPHS: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96, 128, 256]}
+"""`compilation_config` for scripts that time nothing: capturing every size is a good part of a start."""
+
 
 def random_llama() -> str:
     """Folder with the 8B configuration, for `load_format="dummy"`."""
@@ -44,7 +47,12 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
             "worker_cls": "attention_plugins.vllm_adapter.cuda_worker.CUDACompressionWorker",
             "scheduler_cls": "kvcache.vllm_adapter.scheduler.AsyncCompressionScheduler",
             "attention_backend": "CUSTOM",
-            "additional_config": {"longreach": {"keep_positions": settings.pop("keep_positions", False)}},
+            "additional_config": {
+                "longreach": {
+                    "keep_positions": settings.pop("keep_positions", False),
+                    "decode": settings.pop("decode", {}),
+                }
+            },
         }
     began = time.perf_counter()
     llm = LLM(model=model, **settings)
@@ -58,12 +66,12 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
     return llm
 
 
-def build_8b(*, stock: bool, fp8: bool, tensor_parallel: int = 1, max_requests: int = 256) -> Any:
+def build_8b(*, stock: bool, fp8: bool, tensor_parallel: int = 1, max_requests: int = 256, **settings: Any) -> Any:
     """8B shapes with random weights, at most of an 80 GB GPU's memory. At most `max_requests` run at once."""
     return build(
         random_llama(), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
         gpu_memory_utilization=0.9, max_num_batched_tokens=8192, max_num_seqs=max_requests,
-        kv_cache_dtype="fp8" if fp8 else "auto", tensor_parallel_size=tensor_parallel,
+        kv_cache_dtype="fp8" if fp8 else "auto", tensor_parallel_size=tensor_parallel, **settings,
     )  # fmt: skip
 
 

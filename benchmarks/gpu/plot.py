@@ -64,7 +64,9 @@ def draw_arrivals(runs: Rows) -> Any:
         panel.set_xlabel("requests that arrive a second", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     for kind, marker in zip(LABELS, "osD^", strict=True):
-        rows = sorted((row for row in runs.get(kind, ()) if "rate" in row), key=lambda row: row["rate"])
+        rows = sorted(
+            (row for row in runs.get(kind, ()) if "rate" in row and "so_far" not in row), key=lambda row: row["rate"]
+        )
         if not rows:
             continue
         rates = [row["rate"] for row in rows]

@@ -2,9 +2,14 @@
 every answer has to be what the request gets alone.
 
 VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600] [--alone 128]
-    [--plain] [--stock]
+    [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
 
 With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
+
+On Hopper vLLM 0.32's batch-invariant mode leaves one source of it: FlashAttention 3 takes another kernel for a decoding
+row when some other row of the batch has a prompt (vllm-project/vllm issues 47069 and 51902; `benchmarks.gpu.invariance`
+shows it without a model). --flash-attention 2 is without it, so what differs then would be something else, and
+--no-prefix-cache, --whole-prompts (no chunks) or more --blocks (no preemption) may tell what.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.engine import build, say
+from benchmarks.gpu.engine import FEW_GRAPHS, build, say
 from kvcache.usage import CompressionTotals
 
 POLICIES: list[dict[str, Any]] = [
@@ -37,6 +42,7 @@ class Job:
     tokens: int
     abort_after: int | None
     answer: tuple[int, ...] = ()
+    compacted: bool = False
     preemptions: int = 0
 
 
@@ -97,6 +103,8 @@ def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
         for output in engine.step():
             job = by_name[output.request_id]
             job.answer = tuple(output.outputs[0].token_ids)
+            if told := (output.kv_transfer_params or {}).get("kv_cache"):  # stock vLLM tells nothing
+                job.compacted = told["usage"]["kept_tokens"]["mean"] < len(job.prompt)
             if job.abort_after is not None and len(job.answer) >= job.abort_after and not output.finished:
                 aborted.append(job.name)
         for request in invariants.scheduler.requests.values():
@@ -118,19 +126,43 @@ def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> No
         invariant_checks=invariants.checks, seconds=round(time.perf_counter() - began, 1),
         compactions=sum(int(values["compactions"]) for values in totals),
         blocks_leaked=invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks())  # fmt: skip
-    same, different = 0, []
+    different, compacted = [], 0
     for job in jobs[:alone]:
         again = Job(job.name, job.prompt, job.words, job.tokens, None)
         llm.reset_prefix_cache()
         run(llm, [again], invariants)
-        if again.answer[: len(job.answer)] == job.answer:
-            same += 1
-        else:
-            different.append((job.name, job.words["policy"], len(job.prompt), job.preemptions))
-    say(compared_with_alone=same + len(different), same=same, different=different)
+        compacted += again.compacted
+        if again.answer[: len(job.answer)] != job.answer:
+            different.append(difference(job, again))
+    compared = len(jobs[:alone])
+    say(compared_with_alone=compared, same=compared - len(different),
+        compacted=compacted, different_compacted=sum(row["compacted"] for row in different),
+        different_preempted=sum(row["preemptions"] > 0 for row in different), different=different)  # fmt: skip
+
+
+def difference(job: Job, alone: Job) -> dict[str, Any]:
+    """What there is to know of a request whose answer differs; `token` is the first that does."""
+    pairs = enumerate(zip(job.answer, alone.answer, strict=False))
+    first = next((i for i, (one, other) in pairs if one != other), len(alone.answer))
+    return {
+        "name": job.name, "policy": job.words["policy"], "prompt": len(job.prompt), "compacted": alone.compacted,
+        "preemptions": job.preemptions, "token": first,
+    }  # fmt: skip
+
+
+def classes(llm: Any) -> dict[str, str]:
+    """What really runs: with --stock nothing of ours may be among it."""
+    core = llm.llm_engine.engine_core.engine_core
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    backends = {layer.attn_backend for layer in layers if hasattr(layer, "attn_backend")}
+    parts = {"scheduler": {type(core.scheduler)}, "worker": {type(worker)}, "attention": backends}
+    return {name: ", ".join(f"{part.__module__}.{part.__name__}" for part in found) for name, found in parts.items()}
 
 
 def main() -> None:
+    from vllm import envs
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=256)
@@ -138,12 +170,19 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
     parser.add_argument("--plain", action="store_true", help="no policies")
     parser.add_argument("--stock", action="store_true", help="vLLM as it is")
+    parser.add_argument("--flash-attention", type=int, choices=(2, 3), help="version; vLLM chooses 3 on Hopper")
+    parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
+    parser.add_argument("--whole-prompts", action="store_true", help="no prompt is computed in chunks")
     args = parser.parse_args()
     llm = build(
         args.model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.3,
-        max_num_batched_tokens=2048, max_num_seqs=256, num_gpu_blocks_override=args.blocks,
-        kv_cache_memory_bytes=2 << 30,
+        max_num_batched_tokens=8192 if args.whole_prompts else 2048, max_num_seqs=256,
+        num_gpu_blocks_override=args.blocks, kv_cache_memory_bytes=2 << 30,
+        enable_chunked_prefill=not args.whole_prompts, enable_prefix_caching=args.prefix_cache,
+        attention_config={"flash_attn_version": args.flash_attention}, compilation_config=FEW_GRAPHS,
     )  # fmt: skip
+    say(batch_invariant=envs.VLLM_BATCH_INVARIANT, plain=args.plain, flash_attention=args.flash_attention,
+        prefix_cache=args.prefix_cache, whole_prompts=args.whole_prompts, **classes(llm))  # fmt: skip
     jobs = make_jobs(args.requests, 49000)
     if args.plain or args.stock:
         for job in jobs:

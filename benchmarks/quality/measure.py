@@ -140,12 +140,24 @@ class Meter:
     def __init__(self, engine: InProcessEngine, cells: Sequence[Cell]) -> None:
         self.engine, self.cells = engine, cells
 
-    def measure(self, case: Case, tokens: int, document: int, done: Callable[[], None]) -> list[Row]:
-        """One case under everything; the dense run comes first and fills the prefix cache for the others."""
-        if not case.key:  # so that of the dense run, too, only the continuation's log probabilities are computed
-            self.engine.run([Job(case.prompt[: -case.hidden], SamplingParams(max_tokens=1), {"policy": NONE})])
-        dense = Job(case.prompt, sampling(case, TOP), {"policy": NONE})
-        self.engine.run([dense], lambda _: done())
+    def measure(self, cases: Sequence[Case], tokens: int, document: int, done: Callable[[], None]) -> list[Row]:
+        """Everything of these cases at once; their dense runs come first and fill the prefix cache for the others."""
+        # So that of the dense run, too, only the continuation's log probabilities are computed.
+        texts = [case.prompt[: -case.hidden] for case in cases if not case.key]
+        self.engine.run([Job(text, SamplingParams(max_tokens=1), {"policy": NONE}) for text in texts])
+        dense = [Job(case.prompt, sampling(case, TOP), {"policy": NONE}) for case in cases]
+        self.engine.run(dense, lambda _: done())
+        jobs = [self._jobs(case) for case in cases]
+        self.engine.run([job for by_cell in jobs for _, _, job in by_cell], lambda _: done())
+        at, plain = {"tokens": tokens, "document": document}, Cell(NONE, "100%", {})
+        rows = []
+        for case, alone, by_cell in zip(cases, dense, jobs, strict=True):
+            rows += [self._row(case, alone, alone, plain, setting, at) for setting in case.settings]
+            rows += [self._row(case, alone, job, cell, setting, at) for cell, setting, job in by_cell]
+        return rows
+
+    def _jobs(self, case: Case) -> list[tuple[Cell, str, Job]]:
+        """One for every cell in every setting."""
         jobs = []
         for cell in self.cells:
             for setting in case.settings:
@@ -154,11 +166,7 @@ class Meter:
                 plan = policy.plan(len(case.prompt), self.engine.page_size) if policy else None
                 compacts = plan is not None and plan.prompt_len < len(case.prompt)
                 jobs.append((cell, setting, Job(case.prompt, sampling(case, OTHER_TOP, reuse=compacts), words)))
-        self.engine.run([job for _, _, job in jobs], lambda _: done())
-        at = {"tokens": tokens, "document": document}
-        plain = Cell(NONE, "100%", {})
-        rows = [self._row(case, dense, dense, plain, setting, at) for setting in case.settings]
-        return rows + [self._row(case, dense, job, cell, setting, at) for cell, setting, job in jobs]
+        return jobs
 
     def _row(self, case: Case, dense: Job, job: Job, cell: Cell, setting: str, at: Mapping[str, int]) -> Row:
         hidden = case.hidden if setting == UNKNOWN else 0

@@ -35,7 +35,7 @@ def _sums(
             q = tl.load(queries + at[:, None] + dim, mask=real[:, None] & (dim < DIM), other=0.0)
             row = (head * GROUP + member) * chunk + query
             denominator = tl.load(denominators + row, mask=real, other=0.0)
-            logits = tl.dot(k.to(q.dtype), tl.trans(q)) * scale
+            logits = tl.dot(k.to(q.dtype), tl.trans(q), input_precision="ieee") * scale
             seen = real[None, :] & (position[:, None] <= before + query[None, :])
             total += tl.sum(tl.where(seen, tl.exp2(logits - denominator[None, :]), 0.0), 1)
     tl.store(sums + head.to(tl.int64) * length + position, total / GROUP, mask=position < length)

@@ -60,7 +60,7 @@ def _denominators(
     for start in range(first, tl.minimum(first + keys_each, end), KEYS):
         position = start + tl.arange(0, KEYS)
         k = _load_keys(pages, table + head * width, position, length, PAGE, DIM, DIM_2)
-        logits = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         seen = position[None, :] <= last[:, None]
         new = tl.maximum(most, tl.max(tl.where(seen, logits, -1e38), 1))
         power = tl.where(seen, tl.exp2(logits - new[:, None]), 0.0)
@@ -95,7 +95,7 @@ def _votes(
             )
             most = tl.max(tl.where(real[:, None], parts, 0.0), 1)
             denominator = most + tl.log2(tl.sum(tl.exp2(parts - most[:, None]), 1))
-            logits = tl.dot(k.to(q.dtype), tl.trans(q)) * scale
+            logits = tl.dot(k.to(q.dtype), tl.trans(q), input_precision="ieee") * scale
             vote += tl.sum(tl.where(real, tl.exp2(logits - denominator), 0.0), 1)
         out = (head * GROUP + member).to(tl.int64) * before + position
         tl.store(votes + out, vote / window, mask=position < before)

@@ -12,9 +12,9 @@ from kvcache.observers.base import Observer
 
 SKIPPED = 4
 """First queries that don't count: the queries of attention sinks are unlike all others."""
-# Bounds the memory of one call: queries taken together, 4 bytes each, in a handful of copies.
-_MAX_ELEMENTS = 1 << 21
-_COPIES = 6
+# Bounds the memory of one call: queries taken together, 4 bytes each. Small parts are many small steps for a GPU.
+_MAX_ELEMENTS = 1 << 23
+_COPIES = 3
 
 
 class QueryMoments(Observer):
@@ -75,11 +75,12 @@ def _merge(mean: torch.Tensor, spread: torch.Tensor, seen: int, queries: torch.T
 
     Args:
         seen: how many these are of so far.
+        queries: float32; overwritten.
     """
     n = queries.shape[1]
     own = queries.mean(1)
-    around = queries - own[:, None]
+    queries -= own[:, None]
     step = own - mean
-    spread += around.transpose(1, 2) @ around
-    spread += step[:, :, None] * step[:, None] * (seen * n / (seen + n))
-    mean += step * (n / (seen + n))
+    spread.baddbmm_(queries.transpose(1, 2), queries)
+    spread.addcmul_(step[:, :, None], step[:, None], value=seen * n / (seen + n))
+    mean.add_(step, alpha=n / (seen + n))

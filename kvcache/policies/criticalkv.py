@@ -7,7 +7,7 @@ from pydantic import Field
 
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.snapkv import SnapKV
-from kvcache.selection import force, keep_top
+from kvcache.selection import among_top, force
 
 
 class CriticalKV(SnapKV):
@@ -32,12 +32,11 @@ class CriticalKV(SnapKV):
         votes = super().scores(evidence)
         finite = votes.masked_fill(~votes.isfinite(), 0)
         sure = min(int(self.args.budget.resolve(evidence.shape[1]) * self.args.first_stage), evidence.shape[1])
-        best = keep_top(force(votes, 0, 0), torch.full((len(votes),), sure))
+        best = among_top(force(votes, 0, 0), sure)
         weights = torch.linalg.vector_norm(evidence.values, ord=1, dim=-1, dtype=torch.float32)
         # Weighted scores up to 1, sure tokens from 1 on in the order of their votes; one scale for all heads, so that
         # allocators may compare them.
-        scores = _to_one((finite + self.args.epsilon) * weights)
-        scores = scores.scatter(-1, best, 1 + _to_one(finite).gather(-1, best))
+        scores = torch.where(best, 1 + _to_one(finite), _to_one((finite + self.args.epsilon) * weights))
         unknown = votes + weights * 0  # NaN where either is, infinite where votes are forced
         return torch.where(unknown.isfinite(), scores, unknown)
 

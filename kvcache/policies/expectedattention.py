@@ -12,6 +12,9 @@ from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.observers.moments import QueryMoments
 from kvcache.policies.base import Policy, PolicyArgs
 
+# Bounds the memory of scoring a KV head: its keys once more for each of its query heads, 4 bytes a number.
+_MAX_ELEMENTS = 1 << 24
+
 
 class ExpectedAttention(Policy):
     """Keep what queries to come are expected to attend to, going by the mean and covariance of the prompt's.
@@ -45,11 +48,10 @@ class ExpectedAttention(Policy):
         group, sinks = len(mean) // num_kv_heads, min(self.args.sinks, n - 1)
         scores = torch.empty(num_kv_heads, n - sinks, device=evidence.device)
         for head, row in enumerate(scores):
-            keys = evidence.keys[head, sinks:].float()
-            places = range(head * group, (head + 1) * group)
-            # One query head at a time bounds the memory: keys of a head once more.
-            expected = [expected_logits(keys, mean[i], covariance[i], evidence.scale).softmax(-1) for i in places]
-            row.copy_(torch.stack(expected).mean(0))
+            own = slice(head * group, (head + 1) * group)
+            parts = evidence.keys[head, sinks:].split(max(1, _MAX_ELEMENTS // mean[own].numel()))
+            logits = [expected_logits(part.float(), mean[own], covariance[own], evidence.scale) for part in parts]
+            row.copy_(torch.cat(logits, 1).softmax(-1).mean(0))
         scores += self.args.epsilon
         if self.args.weighting == "values":
             scores *= torch.linalg.vector_norm(evidence.values[:, sinks:], dim=-1, dtype=torch.float32)
@@ -73,9 +75,13 @@ def future_queries(evidence: LayerEvidence, future: int) -> tuple[torch.Tensor, 
 
 
 def expected_logits(keys: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, scale: float) -> torch.Tensor:
-    """The logarithm of the expected `exp(scale * q . k)` of Gaussian queries q: float32 [n].
+    """The logarithm of the expected `exp(scale * q . k)` of Gaussian queries q: float32 [heads, n].
 
     Args:
-        keys: float32 [n, head_dim]; mean: [head_dim]; covariance: [head_dim, head_dim].
+        keys: float32 [n, head_dim].
+        mean, covariance: of the queries of some heads, [heads, head_dim] and [heads, head_dim, head_dim].
     """
-    return scale * (keys @ mean) + scale**2 / 2 * ((keys @ covariance) * keys).sum(-1)
+    # scale * m . k + scale^2 / 2 * k . S k, as one product with k.
+    expanded = keys.expand(len(mean), -1, -1)
+    forms = torch.baddbmm(scale * mean[:, None], expanded, covariance, alpha=scale**2 / 2)
+    return forms.mul_(keys).sum(-1)

@@ -12,8 +12,10 @@ from kvcache.method import Odd
 from kvcache.policies.base import AnswerArgs, Policy
 from kvcache.scorers import pool
 
-# Bounds the memory of `redundancy`: cosines held at once, about 12 bytes each.
+# Bounds the memory of `newest_similar` on a CPU: cosines held at once, about 12 bytes each.
 _MAX_COSINES = 1 << 23
+_ONE = 1 << 30
+"""A cosine of 1 in whole numbers: no sum of cosines overflows, and float32 is coarser."""
 
 
 class RKV(Policy):
@@ -21,8 +23,8 @@ class RKV(Policy):
 
     Importance is the attention of the last `window` queries to the tokens before them (of a KV head's query heads the
     largest logit counts), pooled; redundancy grows with a key's cosine to all others, but of the keys similar to one
-    the newest is spared. The score is `mix * importance - (1 - mix) * redundancy`. All keys are compared with all: time
-    grows with the square of the prompt's length (memory does not), so it suits prompts up to some ten thousand tokens.
+    the newest is spared. The score is `mix * importance - (1 - mix) * redundancy`. Each key looks for
+    its newest similar one: where keys have none, time grows with the square of the prompt's length (memory does not).
     Written for long answers, which it compacts every `interval` tokens; a long prompt likewise. `mix` is the paper's
     0.1, the published code has 0.07; that code also spares the first token once for every key that is like no other,
     which this doesn't. The paper forces no sinks (`sinks: 0`).
@@ -53,9 +55,8 @@ class RKV(Policy):
         num_kv_heads, n, _ = evidence.shape
         queries = evidence.window_queries.float().unflatten(1, (num_kv_heads, -1))
         older = n - len(queries)
-        keys = evidence.keys.float()
-        votes = pool(importance(queries, keys[:, :older], evidence.scale), "max", self.args.kernel)
-        repeated = redundancy(keys, self.args.threshold)[:, :older]
+        votes = pool(importance(queries, evidence.keys[:, :older].float(), evidence.scale), "max", self.args.kernel)
+        repeated = redundancy(evidence.keys, self.args.threshold)[:, :older]
         scores = self.args.mix * votes - (1 - self.args.mix) * repeated
         return F.pad(scores, (0, len(queries)), value=float("inf"))
 
@@ -75,23 +76,46 @@ def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch
 
 
 def redundancy(keys: torch.Tensor, threshold: float) -> torch.Tensor:
-    """How much the others repeat each key: float32 [num_kv_heads, n], rows of sum 1. A block of rows at a time.
+    """How much the others repeat each key: float32 [num_kv_heads, n], rows of sum 1.
 
     Of each row of the matrix of cosines (without its diagonal) the newest key above the threshold is set to zero,
     nothing where there is none; the softmax of the columns' means is the redundancy.
 
+    The columns' sums are each key's product with the sum of all, which takes no matrix. Only what is spared needs one,
+    and of that only where it is and how much.
+
     Args:
-        keys: float32 [num_kv_heads, n, head_dim].
+        keys: [num_kv_heads, n, head_dim].
     """
+    unit = normalize(keys.float(), dim=-1)
+    total = (unit @ unit.sum(1)[..., None]).squeeze(-1) - unit.square().sum(-1)
+    place, cosine = newest_similar(keys, threshold)
+    # Whole numbers: their sums don't depend on the order, which on a GPU is another one every time.
+    whole = (cosine * _ONE).round().long()
+    spared = torch.zeros_like(whole).scatter_add_(1, place.clamp(min=0), whole)
+    return ((total - spared.float() / _ONE) / keys.shape[1]).softmax(-1)
+
+
+def newest_similar(keys: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each key the newest other one whose cosine with it is above the threshold; on a GPU by a kernel.
+
+    Args:
+        keys: [num_kv_heads, n, head_dim].
+
+    Returns:
+        int64 [num_kv_heads, n], its place, and float32, its cosine; -1 and 0 where there is none.
+    """
+    if keys.is_cuda:
+        from kvcache.kernels.similar_keys import newest_similar_fused
+
+        return newest_similar_fused(keys, threshold)
     heads, n, _ = keys.shape
-    unit, places = normalize(keys, dim=-1), torch.arange(n, device=keys.device, dtype=torch.int32)
-    total = keys.new_zeros(heads, n)
-    step = max(1, _MAX_COSINES // (heads * n))
-    for start in range(0, n, step):
-        cosines = unit[:, start : start + step] @ unit.transpose(1, 2)
-        cosines.diagonal(start, 1, 2).zero_()
-        newest = torch.where(cosines > threshold, places, -1).amax(-1, keepdim=True)
-        spared = newest.clamp(min=0).long()
-        cosines.scatter_(2, spared, cosines.gather(2, spared).masked_fill(newest >= 0, 0))
-        total += cosines.sum(1)
-    return (total / n).softmax(-1)
+    unit, places = normalize(keys.float(), dim=-1), torch.arange(n, device=keys.device, dtype=torch.int32)
+    newest, cosine = [], []
+    for rows in places.split(max(1, _MAX_COSINES // (heads * n))):
+        cosines = unit[:, rows] @ unit.transpose(1, 2)
+        similar = (cosines > threshold) & (places != rows[:, None])
+        place = torch.where(similar, places, -1).amax(-1, keepdim=True).long()
+        newest.append(place)
+        cosine.append(cosines.gather(2, place.clamp(min=0)).masked_fill_(place < 0, 0))
+    return torch.cat(newest, 1).squeeze(-1), torch.cat(cosine, 1).squeeze(-1)

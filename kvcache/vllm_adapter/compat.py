@@ -67,6 +67,7 @@ PRIVATE_CUDA: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.utils.torch_utils", "async_tensor_h2d", ("data", "out")),
     (_GRAPHS, "ModelCudaGraphManager.__init__", ("cudagraph_mode", "decode_query_len", "lora_capture_cases")),
     (_GRAPHS, "ModelCudaGraphManager.capture", ("progress_bar_desc",)),
+    (_GRAPHS, "CudaGraphManager._init_candidates", ()),  # fills _candidates and _capture_descs
     (_GRAPHS, "ModelCudaGraphManager.run_fullgraph", ("desc",)),
     (_GRAPHS, "CudaGraphManager.dispatch", ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras")),
     ("vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ()),

@@ -41,6 +41,8 @@ class CompressibleAttentionManager(FullAttentionManager):
         self.plans: dict[str, RetentionPlan] = {}
         self.target_blocks: dict[str, list[KVCacheBlock]] = {}
         self.later: set[str] = set()
+        self.own_answers: dict[str, int] = {}
+        """Prompts' lengths of requests whose answers are never shared: their tokens saw a part of what is before."""
 
     def set_plan(self, request_id: str, plan: RetentionPlan, prompt_len: int) -> None:
         """From now on this request will be compacted. To be called before its first blocks are allocated."""
@@ -51,6 +53,7 @@ class CompressibleAttentionManager(FullAttentionManager):
     def drop_plan(self, request_id: str) -> None:
         self.plans.pop(request_id, None)
         self.later.discard(request_id)
+        self.own_answers.pop(request_id, None)
 
     def _missing_targets(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
@@ -75,9 +78,11 @@ class CompressibleAttentionManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Tokens after a compacted prompt saw less than their hash says, so their blocks are never shared."""
+        """Tokens that saw less than their hash says are never shared: those after a compaction, selectors' answers."""
         if plan := self.plans.get(request.request_id):
             num_tokens = min(num_tokens, plan.prompt_len)
+        if (prompt_len := self.own_answers.get(request.request_id)) is not None:
+            num_tokens = min(num_tokens, prompt_len)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from attention_plugins.decode.schedule import Prepare, Read
 from kvcache.orders import Compact, CompactionReport, Start
 
 # vLLM's SchedulerOutput and ModelRunnerOutput are plain dataclasses that are passed on whole (or pickled whole), so
@@ -15,10 +16,15 @@ _REPORTS = "longreach_reports"
 
 @dataclass
 class StepOrders:
-    """Orders of one step, carried out before its forward pass, starts first."""
+    """Orders of one step, carried out before its forward pass, in this order; `reads` is for the forward pass."""
 
     start: list[Start] = field(default_factory=list)
     compact: list[Compact] = field(default_factory=list)
+    prepare: list[Prepare] = field(default_factory=list)
+    reads: dict[str, Read] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.start or self.compact or self.prepare or self.reads)
 
 
 def attach_orders(scheduler_output: Any, orders: StepOrders) -> None:

@@ -11,6 +11,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from attention_plugins.decode.registry import FIELD, make_selector, selector_words
+from attention_plugins.decode.schedule import Prepare, ReadSchedule
+from attention_plugins.decode.settings import DecodeSettings, score_capacity
 from kvcache.orders import Compact, CompactionReport, Start
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -58,6 +61,10 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         self.block_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self.compressions: dict[str, _Compression] = {}
         self.compression_totals = CompressionTotals()
+        self.decode_settings = DecodeSettings.of(self.vllm_config.additional_config)
+        page_size = self.kv_blocks.block_size
+        capacity = score_capacity(self.kv_cache_config.num_blocks, page_size, self.max_model_len)
+        self.reads = ReadSchedule(states=self.decode_settings.states, capacity=capacity, page_size=page_size)
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -80,6 +87,13 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         self.compressions[request.request_id] = _Compression(policy, plan, reason)
         if plan:
             self.kv_blocks.set_plan(request.request_id, plan, request.num_prompt_tokens)
+        words = (params.extra_args or {}).get(FIELD) if params else None
+        selector = make_selector(words) if words else None
+        if selector and selector.name not in self.decode_settings.selectors:  # only past the API's check
+            logger.warning("request %s: %s is not enabled; it reads everything", request.request_id, selector.name)
+        elif selector and not request.resumable:
+            self.reads.start(request.request_id, selector)
+            self.kv_blocks.own_answers[request.request_id] = request.num_prompt_tokens
 
     def _too_large(self, request: Request, plan: RetentionPlan) -> str | None:
         """Why the pool can't hold both what a compaction reads and what it keeps: such a request would wait forever."""
@@ -113,9 +127,13 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         starting = {request.req_id for request in output.scheduled_new_reqs}
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         orders = StepOrders()
+        self.reads.begin_step()
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             compression = self.compressions[request_id]
+            if request_id in starting:
+                self.reads.forget(request_id)
             if compression.plan is None:
+                self._read(orders, request_id, num_scheduled)
                 continue
             if request_id in starting:
                 compression.boundary = 0
@@ -126,9 +144,31 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             if boundary > compression.boundary:
                 orders.compact.append(self._compact(request_id, compression, boundary))
                 compression.boundary = boundary
-        if orders.start or orders.compact:
+                self.reads.forget(request_id)
+            self._read(orders, request_id, num_scheduled)
+        if orders:
             attach_orders(output, orders)
         return output
+
+    def _read(self, orders: StepOrders, request_id: str, num_scheduled: int) -> None:
+        """Say what a request's step reads where it has a selector, and one token behind its prompt."""
+        request, compression = self.requests[request_id], self.compressions[request_id]
+        context = request.num_computed_tokens
+        if num_scheduled != 1 or context <= request.num_prompt_tokens:
+            return
+        page_size, first_block, held = self.kv_blocks.block_size, 0, context
+        if compression.plan and compression.boundary:
+            first_block = compression.boundary // page_size
+            held -= (first_block - compression.plan.kept_pages) * page_size
+        read = self.reads.plan(request_id, context, held)
+        if read is None:
+            return
+        orders.reads[request_id] = read
+        if read.prepare:
+            # One block more than is filled where this step's token begins one.
+            blocks = self.kv_blocks.req_to_blocks[request_id][first_block : -(-context // page_size)]
+            ids = [block.block_id for block in blocks]
+            orders.prepare.append(Prepare(request_id, read.selector, read.place, ids, first_block, context - 1))
 
     def _compact(self, request_id: str, compression: _Compression, boundary: int) -> Compact:
         page_size = self.kv_blocks.block_size
@@ -172,11 +212,16 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         )
         if compression.reason:
             usage["not_compressed"] = compression.reason
-        return {EXTRA_ARG: {"usage": usage, "totals": self.compression_totals.by_policy}}
+        told: dict[str, Any] = {"usage": usage, "totals": self.compression_totals.by_policy}
+        if selector := self.reads.selector(request.request_id):
+            told["decode_usage"] = {**selector_words(selector), "steps": self.reads.usage(request.request_id)}
+            told["decode_totals"] = {name: dict(steps) for name, steps in self.reads.totals.items()}
+        return {EXTRA_ARG: told}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.compressions.pop(request.request_id, None)
+        self.reads.finish(request.request_id)
         self.kv_blocks.drop_plan(request.request_id)
 
 

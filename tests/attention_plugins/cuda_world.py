@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, set_runtime
+from attention_plugins.vllm_adapter.selection import Selecting
 from kvcache.compressor import Compressor
 from kvcache.evidence import QuantScales
 from kvcache.orders import Compact, Start
@@ -152,7 +153,9 @@ class World:
         )
         self.names: dict[int, str] = {}
         self.runtime = CompressionRuntime(
-            self.compressor, lambda common: [self.names[index] for index in common.req_idx.tolist()]
+            self.compressor,
+            Selecting(self.compressor, {}, ()),
+            lambda common: [self.names[index] for index in common.req_idx.tolist()],
         )
         self.config = SimpleNamespace()
         set_runtime(self.config, self.runtime)

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCu
 
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime
+from attention_plugins.vllm_adapter.selection import Selecting
 
 Make = Callable[..., "Graphs"]
 MODES = [
@@ -43,11 +44,12 @@ class Graphs:
             cache_config=SimpleNamespace(use_kda_recoverssm=False),
             speculative_config=None,
         )
-        self.runtime = CompressionRuntime(SimpleNamespace(requests={}), lambda common: [])  # type: ignore[arg-type]
+        compressor: Any = SimpleNamespace(requests={}, pages=torch.zeros(1, 1))
+        self.runtime = CompressionRuntime(compressor, Selecting(compressor, {}, ()), lambda common: [])
         self.stock = ModelCudaGraphManager(config, torch.device("cpu"), mode, 1, lora_capture_cases=lora_cases)
         self.ours = CompressionGraphs(self.stock, self.runtime)
         self.log: list[ModelCudaGraphManager] = []
-        self.captures: list[tuple[ModelCudaGraphManager, BatchKind | None, tuple[Any, ...], dict[str, Any]]] = []
+        self.captures: list[tuple[ModelCudaGraphManager, Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def captured(self, manager: ModelCudaGraphManager, *args: Any, **kwargs: Any) -> None:
         """In place of vLLM's `capture`."""
@@ -63,6 +65,7 @@ class Graphs:
         """What a step of this kind gets; `runtime.graph` is left as the step leaves it."""
         self.runtime.end_step()
         self.runtime.kind, self.runtime.recording = kind, recording
+        self.runtime.wanted = None if kind is BatchKind.DENSE else kind
         return self.ours.dispatch(*batch, num_active_loras=loras, max_query_len=batch[2])
 
     def vllms(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for, set_runtime
+from attention_plugins.vllm_adapter.selection import Selecting
 from kvcache.orders import Compact, Start
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.kvcache.synthetic import WINDOW, PagedCache, words
@@ -25,7 +26,7 @@ class Worker:
         self.cache = PagedCache(100)
         self.compressor = self.cache.compressor(slots)
         self.rows: list[str] = []
-        self.runtime = CompressionRuntime(self.compressor, lambda common: self.rows)
+        self.runtime = CompressionRuntime(self.compressor, Selecting(self.compressor, {}, ()), lambda common: self.rows)
         self.free = self.cache.free.tolist()
 
     def start(self, name: str, policy: str = "random") -> Start:

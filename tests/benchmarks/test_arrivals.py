@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from benchmarks.gpu.arrivals import Record, arrivals, summary
+from benchmarks.gpu import arrivals as module
+from benchmarks.gpu.arrivals import Record, arrivals, run, summary
 
 
 def test_arrivals_are_the_same_for_all_and_have_the_rate() -> None:
@@ -41,3 +46,53 @@ def test_summary() -> None:
 
 def test_a_single_token_takes_no_time_of_others() -> None:
     assert Record(0.0, 1.0, 1.0, 1).tpot == 0.0
+
+
+class Engine:
+    """Gives each request one token a step, a step a millisecond; the last of `slow` never ends."""
+
+    def __init__(self, tokens: int, slow: str | None = None) -> None:
+        self.tokens, self.slow = tokens, slow
+        self.running: dict[str, int] = {}
+        self.aborted: list[str] = []
+        scheduler = SimpleNamespace(running=self.running)
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+
+    def add_request(self, name: str, prompt: Any, params: Any) -> None:
+        self.running[name] = 0
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running)
+
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted = names
+        for name in names:
+            del self.running[name]
+
+    def step(self) -> list[Any]:
+        time.sleep(0.001)
+        outputs = []
+        for name in list(self.running):
+            self.running[name] += 1
+            finished = self.running[name] == self.tokens and name != self.slow
+            part = SimpleNamespace(token_ids=[0] * self.running[name])
+            outputs.append(SimpleNamespace(request_id=name, outputs=[part], finished=finished))
+            if finished:
+                del self.running[name]
+        return outputs
+
+
+def test_rows_come_while_a_rate_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 2)
+    told: list[int] = []
+    llm = SimpleNamespace(llm_engine=Engine(3))
+    records, most = run(llm, 1000.0, 6, 2, 3, None, report=lambda done: told.append(len(done)))
+    assert told == [2, 4] and 1 <= most <= 6
+    assert all(record.done and record.tokens == 3 for record in records)
+
+
+def test_a_rate_that_takes_too_long_ends_with_what_is_done() -> None:
+    engine = Engine(3, slow="r1")
+    records, _ = run(SimpleNamespace(llm_engine=engine), 1000.0, 4, 2, 3, None, seconds=0.3)
+    assert [record.done for record in records] == [True, False, True, True]
+    assert engine.aborted == ["r1"] and not engine.running

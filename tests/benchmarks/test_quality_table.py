@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from benchmarks.quality.arithmetic import (
     mean_divergence,
     tokens_after,
 )
-from benchmarks.quality.measure import KNOWN, UNKNOWN, Row, key_case, make_cases
+from benchmarks.quality.measure import KNOWN, NONE, UNKNOWN, Meter, Row, key_case, make_cases
 from benchmarks.quality.needles import make_multikey
 from benchmarks.quality.passkeys import NAMES, Tokenizer, make_passkey
 from benchmarks.quality.summary import as_json, doubts, markdown, plot, summarise
@@ -228,3 +230,45 @@ def test_prompts_longer_than_the_model_are_refused(
     monkeypatch.setattr(table, "start", lambda model, flags: Engine())
     assert table.main(["embedded", "--tokens", "600,8190"]) == 2
     assert "8190 tokens and an answer don't fit the model's 8192" in capsys.readouterr().err
+
+
+class Engine:
+    """Answers at once: the key to whoever has no policy or hides nothing, and `no` to the others."""
+
+    page_size = 16
+
+    def __init__(self, tokenizer: Any, keys: dict[tuple[int, ...], str]) -> None:
+        self.tokenizer, self.keys = tokenizer, keys
+        self.runs: list[list[Any]] = []
+
+    def run(self, jobs: Sequence[Any], done: Callable[[Any], None] = lambda job: None) -> None:
+        self.runs.append(list(jobs))
+        for job in jobs:
+            key = self.keys.get(tuple(job.prompt), "")
+            found = job.words["policy"] == NONE or not job.words["suffix"]
+            ids = self.tokenizer(key if found else " no", add_special_tokens=False)["input_ids"]
+            entries = [{token: SimpleNamespace(logprob=-0.5)} for token in ids]
+            usage = {"kept_tokens": {"mean": len(job.prompt) / (1 if job.words["policy"] == NONE else 2)}}
+            prompt = [{token: SimpleNamespace(logprob=-1.0 if found else -2.0)} for token in job.prompt]
+            job.output = SimpleNamespace(
+                outputs=[SimpleNamespace(token_ids=ids, logprobs=entries)],
+                prompt_logprobs=prompt,
+                kv_transfer_params={"kv_cache": {"usage": usage}},
+            )
+            done(job)
+
+
+def test_cases_run_at_once_and_become_the_rows_that_they_are_alone(tokenizer: Tokenizer) -> None:
+    """The dense runs come first, and fill the prefix cache for all others."""
+    cases = list(make_cases(tokenizer, 600, 0, 2, 0, keys=2))
+    keys = {tuple(case.prompt): case.key.answer for case in cases if case.key}
+    cells = table.make_cells(["snapkv", "random"], ["1/2", "1/4"], 16)
+    together, alone, counted = Engine(tokenizer, keys), Engine(tokenizer, keys), []
+    rows = Meter(together, cells).measure(cases, 600, 0, lambda: counted.append(1))  # type: ignore[arg-type]
+    assert rows == [row for case in cases for row in Meter(alone, cells).measure([case], 600, 0, lambda: None)]  # type: ignore[arg-type]
+    assert len(counted) == 3 + 5 * len(cells) and len(rows) == 5 * (1 + len(cells))
+    assert [len(run) for run in together.runs] == [1, 3, 5 * len(cells)]
+    assert {job.words["policy"] for run in together.runs[:2] for job in run} == {NONE}
+    found = {(row.task, row.setting): row.found for row in rows if row.policy == "snapkv"}
+    assert found["passkey", KNOWN] and found["multi-key", KNOWN] and found["passkey", UNKNOWN] is False
+    assert [row.nll for row in rows if row.task == "continuation"] == [1.0] + [2.0] * len(cells)

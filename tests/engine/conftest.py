@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from attention_plugins.decode.registry import selectors
 from tests.engine.harness import Engine
 from tests.reference import Reference
 from tests.tiny_model import write_tiny_model
@@ -16,8 +19,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_engine(tiny_model: Path) -> Engine:
-    return Engine(str(tiny_model))
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny model: Loki with all directions is exact, and one layer behind the one that selects."""
+    torch.manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(3, 2, 32, 32)).Q.contiguous()
+    file = tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
+    found = {"loki.basis": basis, "tidal.layers": torch.tensor([1]), "lessismore.layers": torch.tensor([0, 1])}
+    save_file(found, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared_engine(tiny_model: Path, calibration: Path) -> Engine:
+    decode = {"selectors": list(selectors()), "states": 32, "calibration": str(calibration)}
+    return Engine(str(tiny_model), decode=decode)
 
 
 @pytest.fixture(scope="session")

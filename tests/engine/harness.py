@@ -25,10 +25,14 @@ class Job:
     prompt: list[int]
     words: dict[str, Any] | None = None
     max_tokens: int = 12
+    decode: dict[str, Any] | None = None
+    """Its selector."""
     tokens: list[int] = field(default_factory=list)
     compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list, repr=False)
     """(tokens computed, positions kept by layer and KV head), one for each."""
     usage: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    """Of its selector, by mode."""
     cached_tokens: int | None = None
     preemptions: int = 0
     tokens_when_preempted: int = 0
@@ -44,7 +48,19 @@ class Job:
 class Engine:
     """One engine for many tests: settings that matter can be changed between runs."""
 
-    def __init__(self, model: str, *, dtype: str = "float32", blocks: int = 1600, max_model_len: int = 8192) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        blocks: int = 1600,
+        max_model_len: int = 8192,
+        decode: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            decode: settings of selectors (`attention_plugins.decode.settings`).
+        """
         from vllm import LLM
 
         self.llm = LLM(
@@ -61,7 +77,7 @@ class Engine:
             skip_tokenizer_init=True,
             worker_cls="attention_plugins.vllm_adapter.cpu_worker.CPUCompressionWorker",
             scheduler_cls="kvcache.vllm_adapter.scheduler.CompressionScheduler",
-            additional_config={"longreach": {"keep_positions": True}},
+            additional_config={"longreach": {"keep_positions": True, "decode": decode or {}}},
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
@@ -88,7 +104,8 @@ class Engine:
         from vllm import SamplingParams
 
         job.request_id = f"job-{next(self._numbers)}"
-        extra = {"kv_cache": job.words} if job.words else None
+        asked = {"kv_cache": job.words, "decode_attention": job.decode}
+        extra = {name: words for name, words in asked.items() if words} or None
         params = SamplingParams(
             max_tokens=job.max_tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra
         )
@@ -114,6 +131,7 @@ class Engine:
                 job.cached_tokens = output.num_cached_tokens
             if output.kv_transfer_params:
                 job.usage = output.kv_transfer_params["kv_cache"]["usage"]
+                job.steps = output.kv_transfer_params["kv_cache"].get("decode_usage", {}).get("steps", {})
         for request in self.scheduler.requests.values():
             name = request.request_id.rpartition("-")[0]
             if name in self._jobs:

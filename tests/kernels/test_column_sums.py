@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CUDA = torch.cuda.is_available()
 ON_CUDA = pytest.mark.skipif(not CUDA, reason="needs a GPU")
-# Triton's interpreter multiplies bfloat16 wrongly; on a GPU float32 would be multiplied as TF32, and no cache has it.
+# Triton's interpreter multiplies bfloat16 wrongly; float32 on a GPU is what `tests/kvcache --device cuda` has.
 DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
 LAYER, LAYERS = 1, 3
 

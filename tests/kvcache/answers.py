@@ -104,8 +104,8 @@ class Growing:
         """What attention is given now: pages [L, H, width] and slots in use [L, H], both int32."""
         return page_rows(
             self.compressor.tables,
-            torch.tensor([self.slot], dtype=torch.int32),
-            torch.tensor([self.computed], dtype=torch.int32),
+            torch.tensor([self.slot], dtype=torch.int32, device=self.cache.device),
+            torch.tensor([self.computed], dtype=torch.int32, device=self.cache.device),
             self.cache.block_table(self.boundary // PAGE, self.computed),
         )
 
@@ -117,7 +117,7 @@ class Growing:
                 length = int(lengths[layer, head])
                 own = self.cache.pages[pages[layer, head, : -(-length // PAGE)].long()]
                 keys, values = (part.flatten(0, 1)[:length] for part in self.cache.codec.unpack(own))
-                later = torch.arange(self.boundary // PAGE * PAGE, self.computed)
+                later = torch.arange(self.boundary // PAGE * PAGE, self.computed, device=self.cache.device)
                 yield layer, head, torch.cat([kept, later]), keys, values
 
 

@@ -14,12 +14,13 @@ from kvcache.compressor import Compressor
 from kvcache.model import ModelFacts
 from kvcache.namm import SHAPES, Network
 from kvcache.orders import Compact, CompactionReport, Start
-from kvcache.pages import PageGeometry, PermutedCodec
+from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry, PermutedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policies, policy_class
 from kvcache.rotary import Rotary
 from kvcache.tables import PageTables
+from tests.device import DEVICE
 
 PAGE = 16
 HEAD_DIM = 8
@@ -45,17 +46,17 @@ def rotary_table(positions: int, rotary_dim: int, base: float) -> torch.Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1).float()
 
 
-ROTARY = Rotary(rotary_table(1024, ROTARY_DIM, ROTARY_BASE), neox=True)
+ROTARY = Rotary(rotary_table(1024, ROTARY_DIM, ROTARY_BASE).to(DEVICE), neox=True)
 """What the synthetic model's queries were rotated with: two numbers of a head are not."""
 
 
-def random_network(seed: int = 0) -> Network:
+def random_network(seed: int = 0, device: torch.device | str = "cpu") -> Network:
     """NAMM's, with weights that make scores differ."""
     generator = torch.Generator().manual_seed(seed)
-    return Network({name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()})
+    return Network({name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()})
 
 
-MODEL = ModelFacts(ROTARY, random_network())
+MODEL = ModelFacts(ROTARY, random_network(device=DEVICE))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,10 +67,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 class PagedCache:
     """Random keys, values and queries of `prompt_len + new` tokens; the prompt's lie in pages.
 
-    Block ids are shuffled, a page's elements are permuted, layers share one allocation, and every slot that was
-    never written holds NaN, so that reading one shows.
+    Block ids are shuffled, a page's elements are permuted (on a GPU, whose kernels read them, token by token), layers
+    share one allocation, and every slot that was never written holds NaN, so that reading one shows.
 
-    Attributes:
+    Attributes (all tensors on `device`):
         keys, values: [num_layers, num_kv_heads, prompt_len + new, HEAD_DIM].
         queries: [num_layers, prompt_len + new, num_heads, HEAD_DIM].
         blocks: ids of the blocks of all tokens; `free`: ids of blocks that no token uses.
@@ -87,9 +88,11 @@ class PagedCache:
         block_major: bool = False,
         uneven: bool = False,
         seed: int = 0,
+        device: torch.device | str = DEVICE,
     ) -> None:
         """`uneven`: attention is sharp in some layers and heads and flat in others, as in a model."""
         self.prompt_len, self.num_heads, self.page_size = prompt_len, num_heads, page_size
+        self.device = torch.device(device)
         generator = torch.Generator().manual_seed(seed)
         used, total = -(-(prompt_len + new) // page_size), 2 * -(-(prompt_len + new) // page_size) + 3
         shuffled = torch.randperm(total, generator=generator)
@@ -100,7 +103,9 @@ class PagedCache:
             base, stride = [layer * total * num_kv_heads for layer in range(num_layers)], num_kv_heads
         self.geometry = PageGeometry(tuple(base), stride, num_kv_heads, page_size, HEAD_DIM)
         elements = 2 * page_size * HEAD_DIM
-        self.codec = PermutedCodec(torch.randperm(elements, generator=generator), page_size, HEAD_DIM)
+        permuted = PermutedCodec(torch.randperm(elements, generator=generator), page_size, HEAD_DIM)
+        on_cpu = self.device.type == "cpu"
+        self.codec: PageCodec = permuted if on_cpu else InterleavedCodec(page_size, HEAD_DIM)
         shape = (num_layers, num_kv_heads, prompt_len + new, HEAD_DIM)
         self.keys = torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
@@ -112,6 +117,8 @@ class PagedCache:
             self.queries *= layers[:, None, None, None] * heads[:, None]
         self.pages = torch.full((num_layers * total * num_kv_heads, elements), float("nan"))
         self.write(0, prompt_len, self.pages)
+        for name in ("blocks", "free", "keys", "values", "queries", "pages"):
+            setattr(self, name, getattr(self, name).to(self.device))
 
     def write(self, first: int, last: int, pages: torch.Tensor) -> None:
         """Write the tokens `first ... last - 1` where they belong, as a model's forward pass does."""
@@ -126,12 +133,12 @@ class PagedCache:
 
     def compressor(self, slots: int = 1) -> Compressor:
         """With one table unless more are asked for: a slot that isn't given back is missed at once."""
-        tables = PageTables(self.geometry, slots=slots, width=len(self.free))
+        tables = PageTables(self.geometry, slots=slots, width=len(self.free), device=self.device)
         return Compressor(self.geometry, self.codec, self.pages, tables, scale=SCALE, model=MODEL, keep_positions=True)
 
     def block_table(self, first_block: int, length: int) -> torch.Tensor:
         """vLLM's row for `length` tokens: int32 [1, blocks]. Entries that nobody may read hold no block's id."""
-        table = torch.full((1, len(self.blocks) + 2), 10**6, dtype=torch.int32)
+        table = torch.full((1, len(self.blocks) + 2), 10**6, dtype=torch.int32, device=self.device)
         last = -(-length // self.page_size)
         table[0, first_block:last] = self.blocks[first_block:last]
         return table
@@ -193,8 +200,8 @@ class Run:
         """What attention is given at this logical length: pages [L, H, width] and slots in use [L, H], both int32."""
         return page_rows(
             self.tables,
-            torch.tensor([self.slot], dtype=torch.int32),
-            torch.tensor([length], dtype=torch.int32),
+            torch.tensor([self.slot], dtype=torch.int32, device=self.cache.device),
+            torch.tensor([length], dtype=torch.int32, device=self.cache.device),
             self.cache.block_table(self.plan.full_pages, length),
         )
 

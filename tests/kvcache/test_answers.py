@@ -164,12 +164,12 @@ def test_attention_is_dense_attention_without_the_evicted(order: dict[str, Any],
             queries = cache.queries[layer, first:stop, head * group : (head + 1) * group].transpose(0, 1)
             slots, steps = len(keys), stop - first
             causal = torch.arange(slots) <= torch.arange(slots - steps, slots)[:, None]
-            paged = F.scaled_dot_product_attention(queries, keys[None], values[None], causal)
+            paged = F.scaled_dot_product_attention(queries, keys[None], values[None], causal.to(cache.device))
             visible = torch.arange(stop) <= torch.arange(first, stop)[:, None]
             kept = torch.zeros(stop, dtype=torch.bool)
-            kept[positions] = True
+            kept[positions.cpu()] = True
             every = cache.keys[layer, head, None, :stop], cache.values[layer, head, None, :stop]
-            dense = F.scaled_dot_product_attention(queries, *every, visible & kept)
+            dense = F.scaled_dot_product_attention(queries, *every, (visible & kept).to(cache.device))
             torch.testing.assert_close(paged, dense, atol=1e-5, rtol=0)
     assert len(request.done) > 1
 

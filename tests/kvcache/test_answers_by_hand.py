@@ -10,6 +10,7 @@ import torch
 from kvcache.evidence import HISTORY, POSITIONS, LayerEvidence
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
+from tests.device import DEVICE
 from tests.kvcache.answers import Growing, grown
 from tests.kvcache.synthetic import PAGE, SCALE, SINKS, PagedCache
 from tests.kvcache.usage_by_hand import Head
@@ -78,7 +79,7 @@ def test_every_interval_equals_one_query_after_the_other(name: str, prompt_len: 
                 old = positions[head] < request.done[number - 1].boundary
                 assert positions[head][old].tolist() == stayed, where
                 remembered = torch.tensor([known[position] for position in stayed])
-                torch.testing.assert_close(history[head][old], remembered, rtol=1e-4, atol=1e-4, msg=where)
+                torch.testing.assert_close(history[head][old].cpu(), remembered, rtol=1e-4, atol=1e-4, msg=where)
 
 
 # The golden sequences: tokens have a key of their own, and a query attends to the one that it names.
@@ -110,9 +111,9 @@ class Sequence:
         """By position, of all that are there, after the last queries; what is remembered is known the next time."""
         keys = torch.stack([self._vector(self.names[position]) for position in self.positions])[None]
         queries = torch.stack([30 * self._vector(name) for name in self.asked[-window:]])[:, None]
-        observed = {POSITIONS: torch.tensor(self.positions)[None]}
+        observed = {POSITIONS: torch.tensor(self.positions, device=DEVICE)[None]}
         if self.history is not None:
-            unknown = torch.full((1, len(self.positions) - self.history.shape[1]), float("nan"))
+            unknown = torch.full((1, len(self.positions) - self.history.shape[1]), float("nan"), device=DEVICE)
             observed[HISTORY] = torch.cat([self.history, unknown], 1)
         evidence = LayerEvidence(0, keys, torch.zeros_like(keys), queries, 1.0, observed)
         scores = self.policy.scores(evidence)[0].tolist()
@@ -125,7 +126,7 @@ class Sequence:
         vector = torch.zeros(40)
         if name != ".":
             vector["ABCDEFGH".index(name)] = 1.0
-        return vector
+        return vector.to(DEVICE)
 
 
 def first_out(scores: dict[int, float], *candidates: int) -> int:
@@ -176,7 +177,7 @@ def test_sums_go_on_over_the_answer() -> None:
     """H2O: what the prompt gave counts on; one that came since starts from what it gets."""
     sequence = Sequence({"policy": "h2o"})
     sequence.names, sequence.asked, sequence.positions = list("AB."), list("..."), [0, 1, 2]
-    sequence.history = torch.tensor([[2.0, 0.5, 0.25]])
+    sequence.history = torch.tensor([[2.0, 0.5, 0.25]], device=DEVICE)
     sequence.come("C..", "CCB")
     scores = sequence.scores(3)
     assert [round(scores[i], 4) for i in range(6)] == [2.0, 1.5, 0.25, 2.0, 0.0, 0.0]

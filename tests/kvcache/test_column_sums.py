@@ -18,6 +18,7 @@ from kvcache.policies.observedattention import ObservedAttention
 from kvcache.registry import make_policy
 from kvcache.scorers import column_sums
 from kvcache.selection import force, keep_top
+from tests.device import DEVICE
 from tests.kvcache import brute_force
 from tests.kvcache.synthetic import HEAD_DIM, SCALE, PagedCache
 
@@ -31,19 +32,19 @@ def with_probabilities(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Ten
     queries = torch.zeros(len(rows), 1, len(rows))
     for i, row in enumerate(rows):
         queries[i, 0, : len(row)] = torch.tensor(row).log()
-    return queries, torch.eye(len(rows))[None]
+    return queries.to(DEVICE), torch.eye(len(rows), device=DEVICE)[None]
 
 
 def observed(sums: torch.Tensor) -> LayerEvidence:
     """A layer with these column sums, [num_kv_heads, n]."""
-    keys = torch.zeros(*sums.shape, 4)
-    return LayerEvidence(0, keys, keys, None, 1.0, {"column_sums": sums})
+    keys = torch.zeros(*sums.shape, 4, device=DEVICE)
+    return LayerEvidence(0, keys, keys, None, 1.0, {"column_sums": sums.to(DEVICE)})
 
 
 def test_sums_of_four_tokens() -> None:
     queries, keys = with_probabilities(ROWS)
-    torch.testing.assert_close(column_sums(queries, keys, 1.0, 0), torch.tensor([SUMS]))
-    parts = [column_sums(queries[:3], keys[:, :3], 1.0, 0), column_sums(queries[3:], keys, 1.0, 3)]
+    torch.testing.assert_close(column_sums(queries, keys, 1.0, 0).cpu(), torch.tensor([SUMS]))
+    parts = [column_sums(queries[:3], keys[:, :3], 1.0, 0).cpu(), column_sums(queries[3:], keys, 1.0, 3).cpu()]
     torch.testing.assert_close(parts[0], torch.tensor([[2.1, 0.5, 0.4]]))
     torch.testing.assert_close(parts[1], torch.tensor([ROWS[3]]))
 
@@ -60,7 +61,7 @@ def test_h2o_of_four_tokens(tokens: int, share: float, kept: list[int]) -> None:
 def test_observedattention_of_four_tokens() -> None:
     policy = ObservedAttention(ObservedAttention.Args.model_validate({"sinks": 0, "recent": 0}))
     scores = policy.scores(observed(torch.tensor([SUMS])))
-    torch.testing.assert_close(scores, torch.tensor([[0.625, 0.55 / 3, 0.325, 0.3]]))
+    torch.testing.assert_close(scores.cpu(), torch.tensor([[0.625, 0.55 / 3, 0.325, 0.3]]))
     assert keep_top(scores, torch.tensor([2])).tolist() == [[0, 2]]
 
 
@@ -74,7 +75,7 @@ def test_heavy_hitters_and_recent_tokens_share_what_a_head_keeps() -> None:
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_rows_may_be_forced_by_numbers_of_their_own(sinks: int) -> None:
-    scores = torch.tensor([[0.0, 1, 2, 3], [0, math.nan, 2, 3]])
+    scores = torch.tensor([[0.0, 1, 2, 3], [0, math.nan, 2, 3]], device=DEVICE)
     forced = force(scores, sinks, torch.tensor([3, -1]))
     both = torch.stack([force(scores[0], sinks, 3), force(scores[1], sinks, 0)])
     assert torch.equal(forced, both) and torch.equal(force(scores, sinks, -1), force(scores, sinks, 0))
@@ -106,7 +107,7 @@ def test_any_chunks_give_the_sums_by_hand(chunks: list[int], heads: tuple[int, i
     observer, group = feed(cache, chunks), heads[0] // heads[1]
     assert observer.missing == 0 and observer.first == 0
     for layer in (0, 3):
-        found = observer.found(layer)
+        found = observer.found(layer).cpu()
         assert found.dtype == torch.float32 and found.shape == (heads[1], PROMPT)
         torch.testing.assert_close(found.sum(1), torch.full((heads[1],), float(PROMPT)))
         for head in range(heads[1]):
@@ -136,8 +137,8 @@ def test_keys_behind_the_queries_are_not_looked_at() -> None:
 
 
 def test_sums_over_fp8_pages() -> None:
-    """Queries and keys are multiplied with their scales."""
-    cache, quant = PagedCache(PROMPT, num_heads=6, num_kv_heads=2), QuantScales(0.5, 0.25, 9.0)
+    """Queries and keys are multiplied with their scales. On the CPU: tests/kernels has fp8 on a GPU."""
+    cache, quant = PagedCache(PROMPT, num_heads=6, num_kv_heads=2, device="cpu"), QuantScales(0.5, 0.25, 9.0)
     generator = torch.Generator().manual_seed(0)
     cache.pages = torch.randint(0, 0x50, cache.pages.shape, dtype=torch.uint8, generator=generator)
     raw = torch.randint(0, 0x50, (PROMPT, 6, HEAD_DIM), dtype=torch.uint8, generator=generator)

@@ -174,13 +174,15 @@ def test_attention_over_the_pages_is_dense_attention_without_the_evicted(run: Ru
             slots = int(physical[layer, head])
             keys, values = cache.codec.unpack(pages[rows[layer, head, : -(-slots // PAGE)].long()])
             causal = torch.arange(slots) <= torch.arange(slots - step, slots)[:, None]
+            causal = causal.to(cache.device)
             paged = attend(queries, keys.flatten(0, 1)[:slots], values.flatten(0, 1)[:slots], causal)
 
             visible = torch.arange(length) <= torch.arange(first, length)[:, None]
             evicted = torch.ones(plan.full_pages * PAGE, dtype=torch.bool)
-            evicted[positions] = False
+            evicted[positions.cpu()] = False
             visible[:, : len(evicted)] &= ~evicted
-            dense = attend(queries, cache.keys[layer, head, :length], cache.values[layer, head, :length], visible)
+            every = cache.keys[layer, head, :length], cache.values[layer, head, :length]
+            dense = attend(queries, *every, visible.to(cache.device))
             torch.testing.assert_close(paged, dense, atol=1e-5, rtol=0)
 
 

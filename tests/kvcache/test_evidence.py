@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from kvcache.evidence import Evidence, LayerEvidence, PagedEvidence, QuantScales
 from kvcache.observers.window import QueryWindow
 from kvcache.registry import make_policy
 from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_attention, window_votes
-from tests.kvcache.synthetic import HEAD_DIM, SCALE, WINDOW, PagedCache, words
+from tests.kvcache import synthetic
+from tests.kvcache.synthetic import HEAD_DIM, SCALE, WINDOW, words
 
+# Bits are compared here; tests/kernels has what kernels make of pages on a GPU.
+PagedCache = partial(synthetic.PagedCache, device="cpu")
 PROMPT = 107
 LAYER = 2
 
 
-def paged(cache: PagedCache, layer: int = LAYER, **changes: Any) -> PagedEvidence:
+def paged(cache: synthetic.PagedCache, layer: int = LAYER, **changes: Any) -> PagedEvidence:
     n = cache.prompt_len
     known: dict[str, Any] = {
         "prompt_len": n,

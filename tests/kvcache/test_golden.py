@@ -26,6 +26,7 @@ from kvcache.policies.tova import TOVA
 from kvcache.registry import make_policy
 from kvcache.scorers import Pooling, pool, reduce_group, window_attention
 from kvcache.selection import force, keep_top
+from tests.device import DEVICE
 from tests.kvcache.synthetic import PagedCache, compress, positions_of, words
 
 
@@ -46,9 +47,9 @@ def test_streamingllm_of_ten_tokens() -> None:
     ],
 )
 def test_pooling(how: Pooling, kernel: int, expected: list[float]) -> None:
-    scores = torch.tensor([0.3, 0.0, 0.0, 0.2, 0.0, 0.1])
-    torch.testing.assert_close(pool(scores, how, kernel), torch.tensor(expected))
-    both = pool(torch.stack([scores, scores.flip(0)]), how, kernel)
+    scores = torch.tensor([0.3, 0.0, 0.0, 0.2, 0.0, 0.1], device=DEVICE)
+    torch.testing.assert_close(pool(scores, how, kernel).cpu(), torch.tensor(expected))
+    both = pool(torch.stack([scores, scores.flip(0)]), how, kernel).cpu()
     torch.testing.assert_close(both, torch.tensor([expected, expected[::-1]]))
 
 
@@ -62,7 +63,7 @@ def test_group_reduction() -> None:
 def test_kernel_and_window_of_one_are_the_last_querys_probabilities() -> None:
     """TOVA's scores per head."""
     torch.manual_seed(0)
-    queries, keys = torch.randn(1, 3, 8), torch.randn(3, 20, 8)
+    queries, keys = torch.randn(1, 3, 8).to(DEVICE), torch.randn(3, 20, 8).to(DEVICE)
     votes = window_attention(queries, keys, 0.3, kernel=1)
     probabilities = (torch.einsum("hd,hnd->hn", queries[0], keys) * 0.3).softmax(-1)
     torch.testing.assert_close(votes, probabilities[:, :19])
@@ -70,9 +71,9 @@ def test_kernel_and_window_of_one_are_the_last_querys_probabilities() -> None:
 
 def test_window_queries_do_not_see_their_future() -> None:
     """A key after the first window query that would draw all its attention changes nothing for that query."""
-    queries, keys = torch.ones(2, 1, 4), torch.zeros(1, 6, 4)
+    queries, keys = torch.ones(2, 1, 4, device=DEVICE), torch.zeros(1, 6, 4, device=DEVICE)
     keys[0, 5] = 100.0
-    votes = window_attention(queries, keys, 1.0, pooling="none")
+    votes = window_attention(queries, keys, 1.0, pooling="none").cpu()
     torch.testing.assert_close(votes, torch.full((1, 4), (1 / 5 + 0) / 2))
 
 
@@ -161,7 +162,7 @@ def test_short_prompts_are_shared_uniformly() -> None:
 @pytest.mark.parametrize(("keep", "expected"), [("50%", [1, 2]), ("30%", [0, 2]), ("75%", [0, 1, 2])])
 def test_l2norm_keeps_the_smallest_norms(keep: str, expected: list[int]) -> None:
     norms = [3.0, 1.0, 2.0, 5.0] if keep != "30%" else [1.0, 3.0, 2.0, 5.0]
-    keys = torch.tensor([[[norm, 0.0], [0.0, -norm]][i % 2] for i, norm in enumerate(norms)])[None]
+    keys = torch.tensor([[[norm, 0.0], [0.0, -norm]][i % 2] for i, norm in enumerate(norms)], device=DEVICE)[None]
     policy = L2Norm(L2Norm.Args.model_validate({"sinks": 0, "recent": 0}))
     scores = policy.scores(LayerEvidence(0, keys, keys, None, 1.0))
     kept = keep_top(force(scores, 0, 0), torch.tensor([Budget.parse(keep).resolve(4)]))
@@ -186,20 +187,20 @@ LMBA = [
 
 @pytest.mark.parametrize(("row", "mass", "count"), LMBA)
 def test_lmba(row: list[float], mass: float, count: int) -> None:
-    found = tokens_for_mass(torch.tensor([row, row[::-1]]), mass)
+    found = tokens_for_mass(torch.tensor([row, row[::-1]], device=DEVICE), mass)
     assert found.dtype == torch.int64 and found.tolist() == [count, count]
 
 
 def test_lmba_of_long_rows() -> None:
     """Sums of many small numbers: 90 % of 100,000 equal ones, not a token more than rounding explains."""
-    assert abs(int(tokens_for_mass(torch.full((100_000,), 1e-5), 0.9)) - 90_000) <= 50
+    assert abs(int(tokens_for_mass(torch.full((100_000,), 1e-5, device=DEVICE), 0.9)) - 90_000) <= 50
 
 
 def attention(*rows: list[float], values: torch.Tensor | None = None) -> LayerEvidence:
     """One layer whose window gives this to the tokens before it, by query head; two query heads a KV head."""
-    keys = torch.zeros(max(1, len(rows) // 2), len(rows[0]) + 1, 4)
+    keys = torch.zeros(max(1, len(rows) // 2), len(rows[0]) + 1, 4, device=DEVICE)
     evidence = LayerEvidence(0, keys, keys if values is None else values, None, 1.0)
-    evidence.__dict__["window_attention"] = torch.tensor(rows)
+    evidence.__dict__["window_attention"] = torch.tensor(rows, device=DEVICE)
     return evidence
 
 
@@ -240,7 +241,7 @@ ADA = [[0.30, 0.25, 0.20, 0.15, 0.06, 0.02, 0.01, 0.01], [0.93, 0.02, 0.015, 0.0
 @pytest.mark.parametrize(("floor", "counts"), [(0, [6, 2]), (0.2, [6, 2]), (0.5, [6, 2]), (0.75, [5, 3]), (1, [4, 4])])
 def test_adakv_counts(floor: float, counts: list[int]) -> None:
     """The paper's code loses a token at 0.2; this rule, kvpress's, none."""
-    allocator, scores = AdaHeads(AdaHeads.Args.model_validate({"floor": floor})), torch.tensor(ADA)
+    allocator, scores = AdaHeads(AdaHeads.Args.model_validate({"floor": floor})), torch.tensor(ADA, device=DEVICE)
     before = scores.clone()
     assert allocator.shares(scores, 4).tolist() == counts
     assert allocator.shares(scores.flip(0, 1), 4).tolist() == counts[::-1]
@@ -255,19 +256,21 @@ def test_adakv_counts(floor: float, counts: list[int]) -> None:
 def test_criticalkv_of_four_tokens(first_stage: float, kept: list[int]) -> None:
     """Two of four tokens stay beside the window of one, which counts as one of the first stage: its share of a budget
     of three is one other token, none or two."""
-    votes, norms = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 1, 2, 10, 1])
-    keys = torch.cat([votes.log(), torch.tensor([-50.0])])[None, :, None]
-    evidence = LayerEvidence(0, keys, norms[None, :, None] * torch.tensor([0.5, -0.5]), torch.ones(1, 1, 1), 1.0)
+    votes, norms = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 1, 2, 10, 1], device=DEVICE)
+    keys = torch.cat([votes.log(), torch.tensor([-50.0])])[None, :, None].to(DEVICE)
+    values = norms[None, :, None] * torch.tensor([0.5, -0.5], device=DEVICE)
+    evidence = LayerEvidence(0, keys, values, torch.ones(1, 1, 1, device=DEVICE), 1.0)
     words = {"budget": 3, "window": 1, "pooling": "none", "first_stage": first_stage}
     scores = CriticalKV(CriticalKV.Args.model_validate(words)).scores(evidence)
     assert keep_top(force(scores, 0, 1), torch.tensor([3])).tolist() == [[*kept, 4]]
     if not first_stage:
-        torch.testing.assert_close(scores[0, :4], torch.tensor([0.04001, 0.3001, 0.4002, 1.001]) / 1.001)
+        torch.testing.assert_close(scores[0, :4].cpu(), torch.tensor([0.04001, 0.3001, 0.4002, 1.001]) / 1.001)
 
 
 def test_criticalkv_with_a_first_stage_beyond_the_prompt_goes_by_votes() -> None:
     torch.manual_seed(0)
-    evidence = LayerEvidence(0, torch.randn(1, 50, 8), torch.randn(1, 50, 8), torch.randn(2, 1, 8), 1.0)
+    keys, values, queries = (torch.randn(shape).to(DEVICE) for shape in ((1, 50, 8), (1, 50, 8), (2, 1, 8)))
+    evidence = LayerEvidence(0, keys, values, queries, 1.0)
     words = {"budget": 1024, "window": 2, "pooling": "none"}
     votes, scores = (policy(policy.Args.model_validate(words)).scores(evidence) for policy in (SnapKV, CriticalKV))
     assert scores.argsort(-1).tolist() == votes.argsort(-1).tolist()
@@ -276,14 +279,14 @@ def test_criticalkv_with_a_first_stage_beyond_the_prompt_goes_by_votes() -> None
 def test_tova_averages_heads() -> None:
     """Alone, the first head would drop token 2 and the second token 0."""
     scores = TOVA(TOVA.Args.model_validate({})).scores(attention([0.5, 0.3, 0.2], [0.1, 0.2, 0.7]))
-    torch.testing.assert_close(scores, torch.tensor([[0.3, 0.25, 0.45, math.inf]]))
+    torch.testing.assert_close(scores.cpu(), torch.tensor([[0.3, 0.25, 0.45, math.inf]]))
     assert keep_top(scores, torch.tensor([3])).tolist() == [[0, 2, 3]]
 
 
 def test_tovas_votes_of_one_head_are_snapkvs_without_pooling() -> None:
     torch.manual_seed(0)
-    keys = torch.randn(1, 30, 8)
-    evidence = LayerEvidence(0, keys, keys, torch.randn(1, 1, 8), 0.3)
+    keys = torch.randn(1, 30, 8).to(DEVICE)
+    evidence = LayerEvidence(0, keys, keys, torch.randn(1, 1, 8).to(DEVICE), 0.3)
     snapkv = SnapKV(SnapKV.Args.model_validate({"window": 1, "kernel": 1}))
     assert torch.equal(TOVA(TOVA.Args.model_validate({})).scores(evidence), snapkv.scores(evidence))
 
@@ -295,8 +298,8 @@ def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer() -> None:
 
 
 def test_keydiff_keeps_the_outlier_and_identical_keys_tie() -> None:
-    keys = torch.tensor([[3.0, 4.0]]).repeat(12, 1)
-    keys[7] = torch.tensor([4.0, -3.0])
+    keys = torch.tensor([[3.0, 4.0]], device=DEVICE).repeat(12, 1)
+    keys[7] = torch.tensor([4.0, -3.0], device=DEVICE)
     keys[5] *= 9.0  # lengths don't count
     scores = KeyDiff(KeyDiff.Args.model_validate({})).scores(LayerEvidence(0, keys[None], keys[None], None, 1.0))[0]
     others = torch.cat([scores[:7], scores[8:]])
@@ -311,41 +314,41 @@ def test_keydiff_keeps_the_outlier_and_identical_keys_tie() -> None:
 def test_rkv_spares_the_newest_of_like_keys(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A17: of three duplicates the newest costs nothing, the oldest most; a block of rows may have any size."""
     monkeypatch.setattr(kvcache.policies.rkv, "_MAX_COSINES", 4 * rows)
-    keys = torch.tensor([[1.0, 0.0], [1, 0], [0, 1], [1, 0]])
+    keys = torch.tensor([[1.0, 0.0], [1, 0], [0, 1], [1, 0]], device=DEVICE)
     expected = torch.tensor([0.5, 0.25, 0.0, 0.0]).softmax(-1)
-    torch.testing.assert_close(redundancy(keys[None], 0.5)[0], expected)
+    torch.testing.assert_close(redundancy(keys[None], 0.5)[0].cpu(), expected)
     torch.testing.assert_close(expected, torch.tensor([0.334, 0.260, 0.203, 0.203]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(redundancy((keys * torch.tensor([[9.0], [1], [2], [0.1]]))[None], 0.5)[0], expected)
+    longer = keys * torch.tensor([[9.0], [1], [2], [0.1]], device=DEVICE)
+    torch.testing.assert_close(redundancy(longer[None], 0.5)[0].cpu(), expected)
 
 
 def test_rkv_rows_without_a_similar_key_spare_none() -> None:
     """The published code would take the first key's cosine with each of the others for zero."""
-    keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], device=DEVICE)
     row = torch.tensor([0.6, 0.6 + 0.8, 0.8]) / 3
-    torch.testing.assert_close(redundancy(keys[None], 0.9)[0], row.softmax(-1))
+    torch.testing.assert_close(redundancy(keys[None], 0.9)[0].cpu(), row.softmax(-1))
     spared = torch.tensor([0.6, 0.0, 0.0]) / 3  # rows 0, 1 and 2 lose keys 1, 2 and 1
-    torch.testing.assert_close(redundancy(keys[None], 0.5)[0], spared.softmax(-1))
+    torch.testing.assert_close(redundancy(keys[None], 0.5)[0].cpu(), spared.softmax(-1))
 
 
 def test_rkv_importance_takes_the_largest_logit_of_a_group() -> None:
     """Over older keys alone: the window's own keys take no attention from them."""
-    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    keys = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]])
-    torch.testing.assert_close(
-        importance(queries[:, None], keys[None], 1.0)[0], torch.tensor([2.0, 3.0, 1.0]).softmax(-1)
-    )
-    evidence = LayerEvidence(0, torch.cat((keys, 50 * keys[:1]))[None], torch.zeros(1, 4, 2), queries, 1.0)
+    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], device=DEVICE)
+    keys = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]], device=DEVICE)
+    found = importance(queries[:, None], keys[None], 1.0)[0].cpu()
+    torch.testing.assert_close(found, torch.tensor([2.0, 3.0, 1.0]).softmax(-1))
+    values = torch.zeros(1, 4, 2, device=DEVICE)
+    evidence = LayerEvidence(0, torch.cat((keys, 50 * keys[:1]))[None], values, queries, 1.0)
     scores = RKV(RKV.Args.model_validate({"window": 1, "mix": 1.0, "kernel": 1})).scores(evidence)
-    torch.testing.assert_close(
-        scores, torch.tensor([[*importance(queries[:, None], keys[None], 1.0)[0].tolist(), math.inf]])
-    )
+    torch.testing.assert_close(scores.cpu(), torch.tensor([[*found.tolist(), math.inf]]))
 
 
 def test_rkv_needs_no_more_than_keys_and_queries() -> None:
     """Kept and new tokens of an answer are scored by the same call: nothing of the prompt is asked for."""
     torch.manual_seed(0)
     policy = RKV(RKV.Args.model_validate({}))
-    evidence = LayerEvidence(0, torch.randn(2, 50, 8), torch.zeros(0), torch.randn(8, 4, 8), 0.3)
+    keys, queries = torch.randn(2, 50, 8).to(DEVICE), torch.randn(8, 4, 8).to(DEVICE)
+    evidence = LayerEvidence(0, keys, torch.zeros(0), queries, 0.3)
     scores = policy.scores(evidence)
     assert scores.shape == (2, 50) and scores.dtype == torch.float32
     assert scores[:, :42].isfinite().all() and scores[:, 42:].isposinf().all()
@@ -355,11 +358,12 @@ def test_rkv_needs_no_more_than_keys_and_queries() -> None:
 
 
 def test_ties_go_to_the_lower_position() -> None:
-    assert keep_top(torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]]), torch.tensor([3]))[0].tolist() == [0, 1, 3]
+    scores = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]], device=DEVICE)
+    assert keep_top(scores, torch.tensor([3]))[0].tolist() == [0, 1, 3]
 
 
 def test_forced_tokens_come_before_nan_and_nan_before_all_else() -> None:
-    scores = torch.tensor([[math.nan, math.nan, 3e38, math.inf, -math.inf, 0.0]])
+    scores = torch.tensor([[math.nan, math.nan, 3e38, math.inf, -math.inf, 0.0]], device=DEVICE)
     forced = force(scores, 0, 1)
     assert scores.isnan().sum() == 2, "the scores themselves stay as they are"
     kept = [keep_top(forced, torch.tensor([n]))[0].tolist() for n in (1, 3, 5)]

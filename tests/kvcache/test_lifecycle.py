@@ -167,8 +167,8 @@ def test_compacted_requests_have_tables_of_their_own() -> None:
     table = cache.block_table(PROMPT // PAGE, PROMPT).expand(2, -1)
     pages, lengths = page_rows(
         compressor.tables,
-        torch.tensor(slots, dtype=torch.int32),
-        torch.full((2,), PROMPT, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int32, device=cache.device),
+        torch.full((2,), PROMPT, dtype=torch.int32, device=cache.device),
         table,
     )
     heads, held = cache.geometry.num_kv_heads, []
@@ -367,6 +367,6 @@ def test_random_keeps_every_place_alike() -> None:
     cache = PagedCache(PROMPT, num_layers=1, num_kv_heads=4)
     for seed in range(60):
         for positions in compress(cache, words("random", BUDGET, seed=seed)).kept[0]:
-            hits[positions] += 1 / 240
+            hits[positions.cpu()] += 1 / 240
     assert (hits[:SINKS] > 0.999).all()
     assert hits[SINKS:].min() > 0.3 and hits[SINKS:].max() < 0.57

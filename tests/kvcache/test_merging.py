@@ -12,29 +12,30 @@ import kvcache.merging
 from kvcache.evidence import QuantScales, dequantise, quantise
 from kvcache.merging import Merger, MergeRule, nearest
 from kvcache.pages import InterleavedCodec, PageCodec, PermutedCodec
+from tests.device import DEVICE
 from tests.kvcache.synthetic import HEAD_DIM, PAGE, PagedCache, Run, bits, compress, positions_of, words
 
 RULES = pytest.mark.parametrize("rule", ["paper", "scatter"])
-KEYS = torch.tensor([[[1.0, 0], [0, 1], [0.8, 0.6], [0, -1]]])
-KEPT, DROPPED = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+KEYS = torch.tensor([[[1.0, 0], [0, 1], [0.8, 0.6], [0, -1]]], device=DEVICE)
+KEPT, DROPPED = torch.tensor([[0, 1]], device=DEVICE), torch.tensor([[2, 3]], device=DEVICE)
 
 
 def test_merging_of_four_tokens_as_in_the_code() -> None:
     """The mean similarity is 0.4, so the second dropped token is not merged."""
     similarity, slot = nearest(KEYS, KEYS, KEPT, DROPPED)
-    torch.testing.assert_close(similarity, torch.tensor([[0.8, 0.0]]))
+    torch.testing.assert_close(similarity.cpu(), torch.tensor([[0.8, 0.0]]))
     assert slot.tolist() == [[0, 0]]
-    values = torch.tensor([[[1.0, 2], [3, 4], [5, 10], [7, 8]]])
+    values = torch.tensor([[[1.0, 2], [3, 4], [5, 10], [7, 8]]], device=DEVICE)
     keys, merged = Merger("scatter").merge(KEYS, values, KEPT, DROPPED)
-    torch.testing.assert_close(keys, torch.tensor([[[0.82, 0.24], [0, 1]]]))
-    torch.testing.assert_close(merged, torch.tensor([[[(1 + 0.8 * 5) / 2, (2 + 0.8 * 10) / 2], [3, 4]]]))
+    torch.testing.assert_close(keys.cpu(), torch.tensor([[[0.82, 0.24], [0, 1]]]))
+    torch.testing.assert_close(merged.cpu(), torch.tensor([[[(1 + 0.8 * 5) / 2, (2 + 0.8 * 10) / 2], [3, 4]]]))
 
 
 def test_merging_of_four_tokens_as_in_the_paper() -> None:
     """Weights e and exp(0.8), of their sum."""
     keys, _ = Merger("paper").merge(KEYS, KEYS, KEPT, DROPPED)
     own, other = math.e / (math.e + math.exp(0.8)), math.exp(0.8) / (math.e + math.exp(0.8))
-    torch.testing.assert_close(keys, torch.tensor([[[own + 0.8 * other, 0.6 * other], [0, 1]]]))
+    torch.testing.assert_close(keys.cpu(), torch.tensor([[[own + 0.8 * other, 0.6 * other], [0, 1]]]))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_merging_of_four_tokens_as_in_the_paper() -> None:
 )
 def test_threshold_is_added_to_the_mean_similarity(threshold: float, slots: list[int]) -> None:
     keys, _ = Merger("scatter", threshold).merge(KEYS, KEYS, KEPT, DROPPED)
-    expected = torch.tensor([1.0, 0]) + (0.8 * KEYS[0, 2] if slots else 0)
+    expected = torch.tensor([1.0, 0], device=DEVICE) + (0.8 * KEYS[0, 2] if slots else 0)
     torch.testing.assert_close(keys[0, 0], expected / (1 + len(slots)), atol=1e-6, rtol=1e-6)
     assert torch.equal(keys[0, 1], KEYS[0, 1])
 
@@ -99,7 +100,8 @@ def assert_merged_by_hand(run: Run) -> None:
         for head in range(len(heads)):
             found = cache.codec.unpack(cache.pages[run.compacted(layer, head)])
             for part, by_hand in zip(found, expected, strict=True):
-                torch.testing.assert_close(part.flatten(0, 1), torch.tensor(by_hand[head]), rtol=1e-5, atol=1e-6)
+                found_part = part.flatten(0, 1).cpu()
+                torch.testing.assert_close(found_part, torch.tensor(by_hand[head]), rtol=1e-5, atol=1e-6)
 
 
 @RULES
@@ -132,9 +134,9 @@ def test_arguments_equal_those_by_hand(arguments: dict[str, Any], rule: str) -> 
 @pytest.mark.parametrize("most", [1, 300, 5000])
 def test_pieces_of_any_size_merge_the_same(rule: MergeRule, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    keys, values = torch.randn(3, 80, 8), torch.randn(3, 80, 8)
-    kept = torch.stack([torch.randperm(80)[:20].sort().values for _ in range(3)])
-    dropped = torch.tensor([sorted({*range(80)} - {*row}) for row in kept.tolist()])
+    keys, values = torch.randn(3, 80, 8).to(DEVICE), torch.randn(3, 80, 8).to(DEVICE)
+    kept = torch.stack([torch.randperm(80)[:20].sort().values for _ in range(3)]).to(DEVICE)
+    dropped = torch.tensor([sorted({*range(80)} - {*row}) for row in kept.tolist()], device=DEVICE)
     whole = Merger(rule).merge(keys, values, kept, dropped)
     monkeypatch.setattr(kvcache.merging, "_MAX_SIMILARITIES", most)
     for found, expected in zip(Merger(rule).merge(keys, values, kept, dropped), whole, strict=True):
@@ -223,6 +225,9 @@ def test_written_tokens_are_read_again(codec: PageCodec, dtype: torch.dtype) -> 
     )
     before, slots = codec.unpack(pages.clone()), torch.randperm(9 * PAGE, generator=generator)[:30]
     codec.write_tokens(pages, slots, keys, values)
+    again = torch.tensor([3, 0, 29, 3])
+    for found, new in zip(codec.read_tokens(pages, slots[again]), (keys, values), strict=True):
+        assert torch.equal(found, new[again])
     for found, old, new in zip(codec.unpack(pages), before, (keys, values), strict=True):
         expected = old.flatten(0, 1).clone()
         expected[slots] = new
@@ -244,7 +249,8 @@ def test_merging_in_an_fp8_cache_quantises_anew(rule: str) -> None:
     cache, quant = PagedCache(150, uneven=True), QuantScales(1.0, 0.25, 4.0)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, cache.pages.shape, generator=generator) * 0x80
-    cache.pages = (torch.randint(0x20, 0x48, cache.pages.shape, generator=generator) + signs).to(torch.uint8)
+    stored = (torch.randint(0x20, 0x48, cache.pages.shape, generator=generator) + signs).to(torch.uint8)
+    cache.pages = stored.to(DEVICE)
     compressor = cache.compressor()
     compressor.quant = [quant] * 4
     evidence = compressor.evidence(1, cache.geometry.pages_of(1, cache.blocks[:9]), 144)
@@ -255,11 +261,12 @@ def test_merging_in_an_fp8_cache_quantises_anew(rule: str) -> None:
     slot = compressor.slot("r")
     assert slot is not None
     kept = torch.stack(compressor.kept_positions("r")[1])
-    dropped = torch.tensor([sorted({*range(144)} - {*row}) for row in kept.tolist()])
+    dropped = torch.tensor([sorted({*range(144)} - {*row}) for row in kept.tolist()], device=DEVICE)
     expected = Merger(rule).merge(keys, values, kept, dropped)  # type: ignore[arg-type]
     for head in range(2):
-        at = compressor.tables.token_slots(slot, torch.full((kept.shape[1],), 2 + head), torch.arange(kept.shape[1]))
+        row, rank = torch.full((kept.shape[1],), 2 + head), torch.arange(kept.shape[1])
+        at = compressor.tables.token_slots(slot, row.to(DEVICE), rank.to(DEVICE))
         parts = zip(cache.codec.unpack(cache.pages[at[::PAGE] // PAGE]), expected, (0.25, 4.0), strict=True)
         for found, merged, factor in parts:
             assert torch.equal(found.flatten(0, 1), quantise(merged[head], factor, torch.uint8))
-    assert bool((expected[0] != keys[torch.arange(2)[:, None], kept]).any())
+    assert bool((expected[0] != keys[torch.arange(2, device=DEVICE)[:, None], kept]).any())

@@ -14,6 +14,7 @@ from kvcache.observers.moments import QueryMoments
 from kvcache.policies.expectedattention import ExpectedAttention, expected_logits
 from kvcache.registry import make_policy
 from kvcache.rotary import Rotary
+from tests.device import DEVICE
 from tests.kvcache.synthetic import HEAD_DIM, ROTARY, PagedCache, rotary_table
 
 PROMPT, HEADS, LAYERS = 150, 3, 2
@@ -21,21 +22,21 @@ PROMPT, HEADS, LAYERS = 150, 3, 2
 
 def rotated(plain: torch.Tensor, rotary: Rotary = ROTARY) -> torch.Tensor:
     """Queries [n, H, d] as attention sees them."""
-    return rotary.rotate(plain, torch.arange(len(plain))[:, None])
+    return rotary.rotate(plain.to(DEVICE), torch.arange(len(plain), device=DEVICE)[:, None])
 
 
 def gather(queries: torch.Tensor, chunks: list[int], model: ModelFacts) -> torch.Tensor:
-    """Moments [layers, H, 1 + d, d] of queries [layers, n, H, d] that come in these chunks."""
+    """Moments [layers, H, 1 + d, d] of queries [layers, n, H, d] that come in these chunks; back on the CPU."""
     assert sum(chunks) == queries.shape[1]
     moments, start = QueryMoments(len(queries), queries.shape[1], model), 0
     for size in chunks:
         begin, end = moments.overlap(start, start + size)
         for layer in reversed(range(len(queries))):
             if begin < end:
-                moments.record(layer, begin, queries[layer, begin:end])
+                moments.record(layer, begin, queries[layer, begin:end].to(DEVICE))
         start += size
     assert not moments.missing
-    return torch.stack([moments.found(layer) for layer in range(len(queries))])
+    return torch.stack([moments.found(layer) for layer in range(len(queries))]).cpu()
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "biased"])
@@ -92,7 +93,7 @@ def test_memory_is_taken_with_the_first_query_and_counted() -> None:
     with pytest.raises(RuntimeError, match="no query has come yet"):
         moments.found(0)
     assert QueryMoments.nbytes(32, 32, 128) - QueryMoments.nbytes(0, 32, 128) == 32 * 32 * (128 + 128**2) * 4
-    moments.record(0, 4, torch.randn(2, HEADS, HEAD_DIM))
+    moments.record(0, 4, torch.randn(2, HEADS, HEAD_DIM).to(DEVICE))
     held = [moments._mean, moments._spread]
     assert sum(part.numel() * 4 for part in held if part is not None) == LAYERS * HEADS * (HEAD_DIM + HEAD_DIM**2) * 4
 
@@ -105,12 +106,14 @@ def test_expected_exponential_is_that_of_gaussian_queries() -> None:
     keys = torch.randn(5, d, generator=generator)
     queries = mean + torch.randn(draws, d, generator=generator) @ root.T
     drawn = (queries.double() @ keys.T.double() / math.sqrt(d)).exp().mean(0)
-    formula = expected_logits(keys, mean, root @ root.T, d**-0.5).exp().double()
+    formula = expected_logits(keys, mean[None], (root @ root.T)[None], d**-0.5)[0].exp().double()
     torch.testing.assert_close(formula, drawn, rtol=2e-3, atol=0)
 
 
 def evidence(keys: torch.Tensor, values: torch.Tensor, moments: torch.Tensor, rotary: Rotary | None) -> LayerEvidence:
-    return LayerEvidence(0, keys, values, None, keys.shape[-1] ** -0.5, {"query_moments": moments}, ModelFacts(rotary))
+    facts = ModelFacts(Rotary(rotary.table.to(DEVICE), rotary.neox) if rotary else None)
+    observed = {"query_moments": moments.to(DEVICE)}
+    return LayerEvidence(0, keys.to(DEVICE), values.to(DEVICE), None, keys.shape[-1] ** -0.5, observed, facts)
 
 
 def test_scores_of_queries_that_are_all_alike() -> None:
@@ -126,10 +129,10 @@ def test_scores_of_queries_that_are_all_alike() -> None:
     scores = policy.scores(evidence(keys, values, moments, still))
     weights = [math.e, 1.0, math.e**2]
     expected = [(w / sum(weights) + 0.5) * length for w, length in zip(weights, [5, 1, 2], strict=True)]
-    torch.testing.assert_close(scores, torch.tensor([[math.inf, *expected]]))
+    torch.testing.assert_close(scores.cpu(), torch.tensor([[math.inf, *expected]]))
     plain = ExpectedAttention(ExpectedAttention.Args.model_validate({"sinks": 1, "epsilon": 0.0, "weighting": "none"}))
     found = plain.scores(evidence(keys, values, moments, still))
-    torch.testing.assert_close(found[0, 1:], torch.tensor(weights) / sum(weights))
+    torch.testing.assert_close(found[0, 1:].cpu(), torch.tensor(weights) / sum(weights))
 
 
 def test_groups_are_averaged_and_heads_kept_apart() -> None:

@@ -107,7 +107,7 @@ def features_of(cache: PagedCache, chunks: list[int], layer: int = 0) -> torch.T
     cache.feed(compressor, chunks)
     (spectrogram,) = compressor.observers("r")
     assert isinstance(spectrogram, Spectrogram) and not spectrogram.missing
-    return spectrogram.found(layer)
+    return spectrogram.found(layer).cpu()
 
 
 @pytest.mark.parametrize("chunks", [[PROMPT], [1] * PROMPT, [64, 64, 22], [63, 2, 85], [128, 1, 21]], ids=str)
@@ -118,8 +118,8 @@ def test_features_are_carried_from_update_to_update(chunks: list[int], short_per
     for head in range(2):
         expected = torch.zeros(PROMPT, 17)
         for first, end in ((0, 64), (64, 128), (128, 150)):
-            queries = cache.queries[1, first:end, 2 * head : 2 * head + 2]
-            columns = attention_columns(queries, cache.keys[1, head, :end], SCALE)
+            queries = cache.queries[1, first:end, 2 * head : 2 * head + 2].cpu()
+            columns = attention_columns(queries, cache.keys[1, head, :end].cpu(), SCALE)
             frames = magnitudes(torch.nn.functional.pad(columns, (0, PROMPT - end)).T)
             expected = averaged(expected, frames)
         torch.testing.assert_close(found[head], expected, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.selection import force, keep_top
+from kvcache.selection import among_top, force, keep_top
+from tests.device import DEVICE
 
 quick = settings(deadline=None, derandomize=True, max_examples=300)
 LARGEST = torch.finfo(torch.float32).max
@@ -34,7 +35,7 @@ def problems(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
 
 
 def assert_kept(scores: list[list[float]], counts: list[int]) -> None:
-    kept = keep_top(torch.tensor(scores), torch.tensor(counts))
+    kept = keep_top(torch.tensor(scores, device=DEVICE), torch.tensor(counts))
     n, most = len(scores[0]), max(counts)
     assert kept.dtype == torch.int64 and kept.shape == (len(scores), most)
     for row, values, count in zip(kept.tolist(), scores, counts, strict=True):
@@ -82,7 +83,7 @@ def test_long_rows_with_ties() -> None:
 
 def test_what_is_forced_stays_first_in_line() -> None:
     """Also among scores that are infinite or NaN themselves."""
-    scores = torch.tensor([[math.nan, -math.inf, math.inf, math.nan, 0.0, -1.0], [-math.inf] * 6])
+    scores = torch.tensor([[math.nan, -math.inf, math.inf, math.nan, 0.0, -1.0], [-math.inf] * 6], device=DEVICE)
     kept = keep_top(force(scores, sinks=1, recent=2), torch.tensor([4, 3]))
     assert kept.tolist() == [[0, 2, 4, 5], [0, 4, 5, 6]]
 
@@ -96,10 +97,20 @@ def test_scores_stay_as_they_are() -> None:
 
 def test_rows_of_a_larger_tensor() -> None:
     """Not contiguous: every other column, rows of a part."""
-    scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     part = scores[1:, ::2]
     assert torch.equal(keep_top(part, torch.tensor([3, 0, 10])), keep_top(part.clone(), torch.tensor([3, 0, 10])))
     assert_kept(part.tolist(), [3, 0, 10])
+
+
+@quick
+@given(problems())
+def test_a_count_for_all_rows_keeps_the_same(problem: tuple[list[list[float]], list[int]]) -> None:
+    scores, counts = problem
+    chosen = among_top(torch.tensor(scores, device=DEVICE), counts[0])
+    assert chosen.shape == (len(scores), len(scores[0])) and chosen.dtype == torch.bool
+    for row, values in zip(chosen.tolist(), scores, strict=True):
+        assert [position for position, kept in enumerate(row) if kept] == top(values, counts[0])
 
 
 @pytest.mark.parametrize("counts", [[6, 1], [1, 6], [-1, 1], [2, -1]])

@@ -1,0 +1,29 @@
+"""What selectors are made of, in plain torch: the twins of `attention_plugins.kernels`, under the same names.
+
+`paged_attention` is the twin of a platform's own kernel.
+"""
+
+from attention_plugins.naive.attention import slot_attention
+from attention_plugins.naive.newest import newest_slots
+from attention_plugins.naive.places import place_slots
+from attention_plugins.naive.quest import grow_bounds, page_bounds, page_scores, write_bounds
+from attention_plugins.naive.recycle import append_newest, evict_least
+from attention_plugins.naive.rows import full_rows
+from attention_plugins.naive.scores import token_scores
+from attention_plugins.naive.top import top_pages, top_slots
+
+__all__ = [
+    "append_newest",
+    "evict_least",
+    "full_rows",
+    "grow_bounds",
+    "newest_slots",
+    "page_bounds",
+    "page_scores",
+    "place_slots",
+    "slot_attention",
+    "token_scores",
+    "top_pages",
+    "top_slots",
+    "write_bounds",
+]

@@ -1,0 +1,94 @@
+"""Quest: of every page the smallest and largest number of its keys, dimension by dimension, and what no logit in the
+page can exceed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from attention_plugins.decode.rows import DecodeRows, LayerCache
+from attention_plugins.naive.newest import newest_slots
+from attention_plugins.naive.sequences import Sequences, nan_first, read, real_queries, wanted_heads
+from kvcache.evidence import dequantise
+from kvcache.pages import PageGeometry
+
+_PAGES_AT_ONCE = 4096
+
+
+def page_bounds(pages: torch.Tensor, geometry: PageGeometry) -> torch.Tensor:
+    """Room for the bounds of a cache: [num_pages, 2, head_dim], smallest and largest; zeros.
+
+    The dtype is the cache's, bfloat16 for fp8. Bounds of fp8 keys are those of the real numbers, rounded to nearest:
+    the score of a page may be lower than its best key's by that much.
+    """
+    dtype = pages.dtype if pages.element_size() > 1 else torch.bfloat16
+    return torch.zeros(len(pages), 2, geometry.head_dim, dtype=dtype, device=pages.device)
+
+
+def write_bounds(
+    bounds: torch.Tensor, cache: LayerCache, pages: torch.Tensor, filled: torch.Tensor | None = None
+) -> None:
+    """Compute the bounds of whole pages.
+
+    Args:
+        bounds: see `page_bounds`.
+        pages: int64 [m], of any layer, as long as `cache.quant` is its own.
+        filled: int64 [m], how many slots of each page count, all if None; bounds of a page with none stay.
+    """
+    size = cache.geometry.page_size
+    for start in range(0, len(pages), _PAGES_AT_ONCE):
+        some = pages[start : start + _PAGES_AT_ONCE]
+        keys = dequantise(cache.codec.unpack(cache.pages[some])[0], cache.quant.key).to(bounds.dtype)
+        if filled is None:
+            bounds[some] = torch.stack([keys.amin(1), keys.amax(1)], 1)
+            continue
+        use = filled[start : start + _PAGES_AT_ONCE, None]
+        # What was never written may be NaN: the first key stands in for it.
+        there = (torch.arange(size, device=pages.device) < use)[..., None]
+        keys = torch.where(there, keys, keys[:, :1])
+        found = torch.stack([keys.amin(1), keys.amax(1)], 1)
+        bounds[some] = torch.where(use[..., None] > 0, found, bounds[some])
+
+
+def grow_bounds(bounds: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
+    """Let the newest tokens' keys into the bounds of their pages, for wanted rows: call it in every step, before
+    `page_scores`, for all modes. The first key of a page replaces what was there."""
+    sequences, newest = Sequences.of(rows, cache), newest_slots(rows, cache)
+    for row, head in wanted_heads(rows, cache, want):
+        key = read(cache, newest[row, head, None])[0][0].to(bounds.dtype)
+        page = int(newest[row, head]) // cache.geometry.page_size
+        if (int(sequences.lengths[row, head]) - 1) % cache.geometry.page_size == 0:
+            bounds[page] = key
+        else:
+            low, high = bounds[page].clone()
+            bounds[page] = torch.stack([torch.minimum(low, key), torch.maximum(high, key)])
+
+
+def page_scores(
+    scores: torch.Tensor,
+    bounds: torch.Tensor,
+    rows: DecodeRows,
+    cache: LayerCache,
+    queries: torch.Tensor,
+    want: int,
+    reduce: Literal["sum", "max"] = "sum",
+) -> None:
+    """Over a group's query heads, the sum or the largest of a page's greatest possible products with the query. They
+    aren't multiplied with the softmax scale.
+
+    Args:
+        scores: float32 [num_kv_heads, pages]; of wanted rows, those from `rows.starts // page_size` on are written. A
+            score that isn't a number is stored as infinity.
+        bounds: see `page_bounds`; the newest token's key must be in them (`grow_bounds`).
+        queries: [n, num_kv_heads, group, head_dim].
+        want: set of `Mode`s.
+    """
+    sequences, real = Sequences.of(rows, cache), real_queries(cache, queries)
+    for row, head in wanted_heads(rows, cache, want):
+        used = -(-int(sequences.lengths[row, head]) // sequences.page_size)
+        low, high = bounds[sequences.pages[row, head, :used]].float().unbind(1)
+        # The larger of q * low and q * high, in each dimension.
+        each = real[row, head].clamp(min=0) @ high.T + real[row, head].clamp(max=0) @ low.T
+        start = int(rows.starts[row]) // sequences.page_size
+        scores[head, start : start + used] = nan_first(each.sum(0) if reduce == "sum" else each.amax(0))

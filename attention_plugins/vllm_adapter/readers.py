@@ -1,0 +1,97 @@
+"""The readers that a server's settings ask for, and their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+
+from attention_plugins.decode.base import Buffers, Place, Reader, ReadPages
+from attention_plugins.decode.registry import selectors
+from attention_plugins.decode.settings import DecodeSettings, score_capacity
+from kvcache.pages import PageGeometry
+
+
+def read_calibration(settings: DecodeSettings) -> dict[str, torch.Tensor]:
+    """What `longreach calibrate` has found; the server has looked at the file before."""
+    if settings.calibration is None:
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(settings.calibration)
+
+
+def place_for(
+    settings: DecodeSettings,
+    geometry: PageGeometry,
+    *,
+    num_blocks: int,
+    group: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_num_seqs: int,
+    max_model_len: int,
+    calibration: Mapping[str, torch.Tensor],
+) -> Place:
+    """Where readers work.
+
+    Args:
+        geometry: of the cache.
+        num_blocks: of the cache.
+        group: query heads of a KV head.
+        dtype: the model's.
+    """
+    rows = min(settings.states, max_num_seqs)
+    return Place(
+        geometry,
+        num_pages=num_blocks * geometry.num_layers * geometry.num_kv_heads,
+        group=group,
+        dtype=dtype,
+        device=device,
+        rows=rows,
+        states=settings.states + 1,  # one that nobody has
+        width=-(-max_model_len // geometry.page_size) + 1,
+        capacity=score_capacity(num_blocks, geometry.page_size, max_model_len) + geometry.page_size,
+        calibration=calibration,
+    )
+
+
+def make_readers(settings: DecodeSettings, place: Place, ops: ModuleType, read_pages: ReadPages) -> dict[str, Reader]:
+    """By selector's name."""
+    if not settings.selectors:
+        return {}
+    buffers = Buffers.make(place)
+    return {name: selectors()[name].reader(place, buffers, ops, read_pages) for name in settings.selectors}
+
+
+def readers_bytes(settings: DecodeSettings, place: Place) -> int:
+    """Memory of `make_readers`."""
+    if not settings.selectors:
+        return 0
+    return Buffers.nbytes(place) + sum(selectors()[name].reader.nbytes(place) for name in settings.selectors)
+
+
+def blocks_beside_readers(settings: DecodeSettings, place: Place, available: int, block_bytes: int) -> int:
+    """How many blocks fit beside readers that hold something for each of them.
+
+    Args:
+        place: for any number of blocks.
+        available: bytes for both.
+    """
+    by_block = place.geometry.num_layers * place.geometry.num_kv_heads
+
+    def needed(blocks: int) -> int:
+        longest = place.width * place.geometry.page_size
+        capacity = score_capacity(blocks, place.geometry.page_size, longest)
+        return readers_bytes(settings, replace(place, num_pages=blocks * by_block, capacity=capacity))
+
+    low, high = 0, available // block_bytes
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle * block_bytes + needed(middle) <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,153 @@
+"""What selectors read, by their papers' formulas, one step and one layer at a time. Shares no code with them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.engine.harness import PAGE
+
+
+def mask_of(chosen: list[list[int]], n: int) -> torch.Tensor:
+    """Chosen places by KV head -> bool [num_kv_heads, n]."""
+    mask = torch.zeros(len(chosen), n, dtype=torch.bool)
+    for head, places in enumerate(chosen):
+        mask[head, places] = True
+    return mask
+
+
+def everything(keys: torch.Tensor) -> torch.Tensor:
+    return torch.ones(keys.shape[:2], dtype=torch.bool)
+
+
+def top_tokens(queries: torch.Tensor, keys: torch.Tensor, k: int, probabilities: bool) -> list[list[int]]:
+    """The newest token, and the k - 1 others that get most from some query head of the group, best first behind it."""
+    logits = queries @ keys.transpose(1, 2)
+    found = []
+    for scores in logits.softmax(-1) if probabilities else logits:
+        best = scores.amax(0)[:-1].argsort(descending=True, stable=True)[: k - 1]
+        found.append([keys.shape[1] - 1, *best.tolist()])
+    return found
+
+
+class Quest:
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        if layer < 2:
+            return everything(keys)
+        n, chosen = keys.shape[1], []
+        pages = [list(range(start, min(start + PAGE, n))) for start in range(0, n, PAGE)]
+        for group, head in zip(queries, keys, strict=True):
+            bounds = []
+            for page in pages[:-1]:
+                low, high = head[page].amin(0), head[page].amax(0)
+                bounds.append(sum(float(torch.maximum(q * low, q * high).sum()) for q in group))
+            best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[: math.ceil(self.k / PAGE) - 1]
+            chosen.append(sum((pages[page] for page in best), pages[-1]))
+        return mask_of(chosen, n)
+
+
+class Loki:
+    """With all principal directions: the exact best."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return mask_of(top_tokens(queries, keys, self.k, False), keys.shape[1])
+
+
+class Tidal:
+    """`selecting` layers choose, layers before the first read everything."""
+
+    def __init__(self, k: int, selecting: list[int]) -> None:
+        self.k, self.selecting = k, selecting
+        self.chosen: list[list[int]] = []
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        if layer in self.selecting:
+            self.chosen = self.choose(queries, keys)
+        if layer in self.selecting or layer < self.selecting[0]:
+            return everything(keys)
+        return mask_of(self.chosen, keys.shape[1])
+
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
+        return top_tokens(queries, keys, self.k, True)
+
+
+class LessIsMore(Tidal):
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
+        n, most = keys.shape[1], self.k - self.k // 4
+        last = self.k - most - 4
+        middle = set(range(4, n - last))
+        ranked = [[place for place in head if place in middle] for head in top_tokens(queries, keys, n, True)]
+        union: list[int] = []
+        for of_all_heads in zip(*ranked, strict=True):
+            for place in of_all_heads:
+                if place not in union and len(union) < most:
+                    union.append(place)
+        return [[*range(4), *union, *range(n - last, n)]] * len(keys)
+
+
+class Recycled:
+    """Lists of K tokens by layer and head; a full step chooses them, in others the newest comes and the least goes."""
+
+    def __init__(self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1) -> None:
+        self.k, self.stride, self.similarity, self.check_every = k, stride, similarity, check_every
+        self.lists: dict[int, list[list[int]]] = {}
+        self.queries: dict[int, torch.Tensor] = {}
+        self.steps = -1
+        self.since = 0
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        if layer == 0:
+            self.steps += 1
+            self.since = 0 if self.steps % self.stride == 0 else self.since + 1
+        full = self.since == 0
+        if not full and self.similarity and self.since % self.check_every == 0:
+            likeness = torch.cosine_similarity(queries.flatten(), self.queries[layer].flatten(), dim=0)
+            full = bool(likeness < self.similarity)
+        if full:
+            self.lists[layer], self.queries[layer] = top_tokens(queries, keys, self.k, True), queries
+            return everything(keys)
+        n, seen = keys.shape[1], []
+        for head, listed in enumerate(self.lists[layer]):
+            listed.append(n - 1)
+            seen.append(list(listed))
+            got = (queries[head] @ keys[head, listed].T).softmax(-1).amax(0)
+            del listed[int(got[:-1].argmin())]
+        return mask_of(seen, n)
+
+
+class Local:
+    """Near tokens alone, where the prompt's moments say that far ones get little."""
+
+    def __init__(self, k: int, share: float) -> None:
+        self.k, self.share = k, share
+        self.moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.local = 0
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        n = keys.shape[1]
+        if layer not in self.moments:  # the first step: all before it is the prompt
+            prompt = keys[:, :-1]
+            centred = prompt - prompt.mean(1, keepdim=True)
+            self.moments[layer] = prompt.mean(1), centred.transpose(1, 2) @ centred / (n - 1)
+        mean, covariance = self.moments[layer]
+        pages = math.ceil(n / PAGE)
+        near = [*range(1), *range(pages - math.ceil((self.k - 16) / PAGE) - 1, pages)]
+        places = [place for page in near for place in range(page * PAGE, min((page + 1) * PAGE, n))]
+        seen = everything(keys)
+        for head, group in enumerate(queries):
+            shares = []
+            for q in group:
+                far = math.log(n - len(places)) + float(q @ mean[head]) + float(q @ covariance[head] @ q) / 2
+                close = float((keys[head, places] @ q).logsumexp(0))
+                shares.append(1 / (1 + math.exp(far - close)))
+            if min(shares) >= self.share:
+                self.local += 1
+                seen[head] = mask_of([places], n)[0]
+        return seen

@@ -1,0 +1,172 @@
+"""Selectors in the engine: dense where they have to be, what the mathematics says where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from attention_plugins.decode.registry import selectors
+from tests.engine import selector_reference as by_hand
+from tests.engine.harness import Engine, Job
+from tests.engine.test_answers import prompt_of
+from tests.reference import Reads, Reference
+
+pytestmark = pytest.mark.engine
+
+SELECTORS: list[dict[str, Any]] = [
+    {"selector": "recycled", "stride": 4},
+    {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2},
+    {"selector": "tidal"},
+    {"selector": "lessismore"},
+    {"selector": "quest"},
+    {"selector": "loki"},
+    {"selector": "local", "share": 0.02},
+]
+WITH_POLICIES = [words for words in SELECTORS if selectors()[words["selector"]].with_policies]
+each = pytest.mark.parametrize("selector", SELECTORS, ids=lambda words: "-".join(str(word) for word in words.values()))
+
+
+def asking(selector: dict[str, Any], **words: Any) -> dict[str, Any]:
+    return {"tokens": 96, "min_context": 0, **selector, **words}
+
+
+@each
+def test_reading_everything_is_dense_attention(engine: Engine, selector: dict[str, Any]) -> None:
+    prompt = prompt_of(300)
+    (dense,) = engine.run([Job(prompt, max_tokens=20)])
+    (job,) = engine.run([Job(prompt, decode=asking(selector, tokens=320), max_tokens=20)])
+    assert job.tokens == dense.tokens
+    assert job.steps == {"dense": 19}
+
+
+@each
+def test_few_tokens_change_the_answer(engine: Engine, selector: dict[str, Any]) -> None:
+    prompt = prompt_of(641)
+    (dense,) = engine.run([Job(prompt, max_tokens=30)])
+    (job,) = engine.run([Job(prompt, decode=asking(selector), max_tokens=30)])
+    assert job.tokens != dense.tokens
+    assert sum(job.steps.values()) == 29
+    assert job.steps.get("dense", 0) == 0
+
+
+REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
+    (SELECTORS[0], lambda: by_hand.Recycled(96, 4)),
+    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2)),
+    (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
+    (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1])),
+    (SELECTORS[4], lambda: by_hand.Quest(96)),
+    (SELECTORS[5], lambda: by_hand.Loki(96)),
+    (SELECTORS[6], lambda: by_hand.Local(96, 0.02)),
+]
+
+
+@pytest.mark.parametrize("length", [640, 650])
+@pytest.mark.parametrize(
+    "selector, reads", REFERENCES, ids=lambda value: value["selector"] if isinstance(value, dict) else ""
+)
+def test_answers_are_what_the_formulas_say(
+    engine: Engine, reference: Reference, selector: dict[str, Any], reads: Callable[[], Reads], length: int
+) -> None:
+    (job,) = engine.run([Job(prompt_of(length), decode=asking(selector), max_tokens=24)])
+    assert job.tokens == reference.greedy_reading(job.prompt, 24, reads())
+
+
+def test_a_stride_of_one_is_dense(engine: Engine) -> None:
+    prompt = prompt_of(641)
+    (dense,) = engine.run([Job(prompt, max_tokens=30)])
+    (job,) = engine.run([Job(prompt, decode=asking({"selector": "recycled", "stride": 1}), max_tokens=30)])
+    assert job.tokens == dense.tokens
+    assert job.steps == {"select": 29}
+
+
+@each
+@pytest.mark.parametrize("chunk", [160, 640])
+def test_chunked_prompts_and_shared_prefixes_answer_alike(engine: Engine, selector: dict[str, Any], chunk: int) -> None:
+    prompt, words = prompt_of(641), asking(selector)
+    (whole,) = engine.run([Job(prompt, decode=words)])
+    (shared,) = engine.run([Job(prompt, decode=words)])
+    assert shared.cached_tokens == 640
+    engine.forget_prefixes()
+    engine.set_chunk(chunk)
+    (chunked,) = engine.run([Job(prompt, decode=words)])
+    assert shared.tokens == chunked.tokens == whole.tokens
+
+
+def test_concurrent_requests_answer_as_one_at_a_time(engine: Engine) -> None:
+    """All selectors, dense and compressed requests, in phases of their own, while prompts arrive in chunks."""
+    choices = [None, *SELECTORS]
+
+    def jobs() -> list[Job]:
+        found = []
+        for i in range(24):
+            decode = choices[i % len(choices)]
+            words = {"policy": "snapkv", "budget": 160} if i % 5 == 0 and decode in [None, *WITH_POLICIES] else None
+            asked = asking(decode, tokens=64) if decode else None
+            found.append(Job(prompt_of(300 + 23 * i, i), words, 10 + i % 7, asked))
+        return found
+
+    alone = [engine.run([job])[0] for job in jobs()]
+    engine.forget_prefixes()
+    engine.set_chunk(700)
+    together = engine.run(jobs())
+    assert [job.tokens for job in together] == [job.tokens for job in alone]
+    assert [job.steps for job in together] == [job.steps for job in alone]
+
+
+@pytest.mark.parametrize("selector", WITH_POLICIES, ids=lambda words: words["selector"])
+@pytest.mark.parametrize("words", [{"policy": "pyramidkv", "budget": 192}, {"policy": "adakv", "budget": 208}])
+def test_over_a_compressed_cache_all_that_was_kept_is_the_policys_answer(
+    engine: Engine, selector: dict[str, Any], words: dict[str, Any]
+) -> None:
+    """K is what a head holds on average; with a stride of one all heads are read whole, however long."""
+    prompt = prompt_of(650)
+    (kept,) = engine.run([Job(prompt, words, max_tokens=20)])
+    (job,) = engine.run([Job(prompt, words, 20, asking(selector, tokens=256))])
+    assert job.tokens == kept.tokens
+    assert job.steps == {"dense": 19}
+    if selector["selector"] == "recycled":
+        (job,) = engine.run([Job(prompt, words, 20, asking({"selector": "recycled", "stride": 1}))])
+        assert job.tokens == kept.tokens
+        assert job.steps == {"select": 19}
+
+
+@pytest.mark.parametrize("selector", WITH_POLICIES, ids=lambda words: words["selector"])
+def test_interval_compactions_move_what_was_selected(engine: Engine, selector: dict[str, Any]) -> None:
+    """With a list of all directions Loki is exact, and K as large as what is held is dense in all of them."""
+    words = {"policy": "tova", "budget": 160, "interval": 32}
+    (job,) = engine.run([Job(prompt_of(400), words, 100, asking(selector, tokens=64))])
+    assert len(job.compactions) == 4
+    assert sum(job.steps.values()) == 99
+    if selector["selector"] == "recycled":
+        assert job.steps["select"] >= 4, "after each compaction something has to be selected"
+
+
+@each
+def test_a_preempted_answer_goes_on(engine: Engine, selector: dict[str, Any]) -> None:
+    """Its replay is dense, so what it has been told stays, and what follows may differ; nothing leaks."""
+    taken = engine.pool.get_new_blocks(engine.free - 36)
+    try:
+        jobs = engine.run([Job(prompt_of(400 + 9 * i, i), None, 260, asking(selector)) for i in range(3)])
+    finally:
+        engine.pool.free_blocks(taken)
+    assert any(job.tokens_when_preempted > 40 for job in jobs), "nothing was preempted: the test tests nothing"
+    assert all(len(job.tokens) == 260 and sum(job.steps.values()) > 200 for job in jobs)
+    assert not engine.scheduler.reads._requests
+
+
+def test_answers_of_selectors_are_not_shared(engine: Engine) -> None:
+    """Their tokens saw a part of what their hash says."""
+    (job,) = engine.run([Job(prompt_of(320), None, 100, asking(SELECTORS[0]))])
+    (again,) = engine.run([Job(job.prompt + job.tokens, max_tokens=2)])
+    assert again.cached_tokens == 320
+
+
+def test_states_run_out_and_usage_tells(engine: Engine) -> None:
+    """32 rows may select in a step; the others read everything in it, as dense requests do."""
+    jobs = [Job(prompt_of(200 + i, i), None, 8, asking(SELECTORS[0], tokens=32)) for i in range(34)]
+    engine.run(jobs)
+    crowded = [job.steps.get("crowded", 0) for job in jobs]
+    assert sum(1 for steps in crowded if steps) >= 2
+    assert all(sum(job.steps.values()) == 7 for job in jobs)
