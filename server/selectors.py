@@ -32,7 +32,7 @@ class SelectorDesk:
         default: the server's own selector, `{"selector": name, ...}`.
         enabled: selectors that requests may use.
         unavailable: None when selectors can run here, else why they can't.
-        states: most requests that a selector remembers at once.
+        states: most requests that select at once.
         calibrated: whether there is a file of `longreach calibrate`.
         tensor_parallel: how many GPUs the heads are spread over.
     """
