@@ -1,4 +1,7 @@
-"""Write docs/policies/ from the policies' own words: `make docs`. A test checks that the pages are current."""
+"""Write docs/policies/, docs/selectors.md and docs/selectors/ from their classes' own words: `make docs`.
+
+A test checks that the pages are current.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from attention_plugins.decode.registry import BUILT_IN as SELECTORS
 from kvcache.registry import BUILT_IN, PARTS
+from server.selectors import needs_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -58,32 +63,56 @@ def measured() -> dict[str, dict[str, Any]]:
     return found
 
 
+def parted(description: str) -> tuple[str, str]:
+    """A docstring without its paragraph that starts with `Formula:`, and that paragraph without this word."""
+    paragraphs = description.split("\n\n")
+    formulas = [paragraph for paragraph in paragraphs if paragraph.startswith("Formula:")]
+    others = [paragraph for paragraph in paragraphs if paragraph not in formulas]
+    return "\n\n".join(others), "\n\n".join(formula.removeprefix("Formula:").strip() for formula in formulas)
+
+
 def pages() -> dict[str, str]:
-    """File names and texts."""
+    """Texts by their places in docs/."""
     jinja = Environment(
         loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
     jinja.filters["arguments"] = arguments
+    return {**_policies(jinja), **_selectors(jinja)}
+
+
+def _policies(jinja: Environment) -> dict[str, str]:
     policies = [policy.describe() for policy in BUILT_IN]
     parts = {field: [part.describe() for part in known.values()] for field, known in PARTS.items()}
-    found = {"README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
+    found = {"policies/README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
     page = jinja.get_template("policy.md.jinja")
     told = measured()
     files = {"quality_file": QUALITY, "cost_file": COST}
     return found | {
-        f"{policy['name']}.md": page.render(policy=policy, measured=told.get(policy["name"]), **files)
+        f"policies/{policy['name']}.md": page.render(policy=policy, measured=told.get(policy["name"]), **files)
         for policy in policies
     }
 
 
+def _selectors(jinja: Environment) -> dict[str, str]:
+    selectors = [{**each.describe(), "by_default": each.by_default()} for each in SELECTORS]
+    found = {"selectors.md": jinja.get_template("selectors.md.jinja").render(selectors=selectors)}
+    page = jinja.get_template("selector.md.jinja")
+    for selector in selectors:
+        idea, formula = parted(selector["description"])
+        text = page.render(selector=selector, idea=idea, formula=formula, needs=needs_of(selector))
+        found[f"selectors/{selector['name']}.md"] = text
+    return found
+
+
 def main() -> None:
-    folder = HERE / "policies"
-    folder.mkdir(exist_ok=True)
-    for stale in set(folder.glob("*.md")) - {folder / name for name in pages()}:
-        stale.unlink()
-    for name, text in pages().items():
-        (folder / name).write_text(text, encoding="utf-8")
+    written = pages()
+    for folder in ("policies", "selectors"):
+        (HERE / folder).mkdir(exist_ok=True)
+        for stale in set((HERE / folder).glob("*.md")) - {HERE / name for name in written}:
+            stale.unlink()
+    for name, text in written.items():
+        (HERE / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

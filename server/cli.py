@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 USAGE = """usage: longreach COMMAND ...
@@ -29,6 +28,8 @@ USAGE = """usage: longreach COMMAND ...
         which tokens of a prompt a policy keeps, by layer, head and position
   head-gates PROMPT_FILE... --output FILE [--model MODEL]
         measure which KV heads look far, for the policy duoattention
+  calibrate PROMPT_FILE... --output FILE.safetensors [--model MODEL] [--rank N] [--progress]
+        measure what some selectors have to know of a model
   doctor
         what this machine can run, and why not"""
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         "selectors": _selectors,
         "explain": _explain,
         "head-gates": _head_gates,
+        "calibrate": _calibrate,
         "doctor": _doctor,
     }
     if argv and argv[0] in commands:
@@ -180,6 +182,7 @@ def _selectors(argv: list[str]) -> None:
     as_json = parser.parse_args(argv).json
 
     from attention_plugins.decode.registry import DENSE, selectors
+    from server.selectors import needs_of
 
     described = [selector.describe() for selector in selectors().values()]
     with _reader_may_leave():
@@ -189,18 +192,8 @@ def _selectors(argv: list[str]) -> None:
         print(f"{DENSE}\n    Read everything: stock vLLM.")
         for selector in described:
             print(f"\n{selector['name']}\n    {selector['title']} ({selector['paper']})")
-            needs = [text for name, wanted, text in _NEEDS if selector[name] is wanted]
-            print(f"    needs: {', '.join(needs) or 'nothing'}")
+            print(f"    needs: {', '.join(needs_of(selector)) or 'nothing'}")
             _print_arguments(selector)
-
-
-_NEEDS = (
-    ("with_policies", False, "a cache that no policy compresses"),
-    ("with_tensor_parallel", False, "all heads on one GPU"),
-    ("needs_calibration", True, "a file of `longreach calibrate`"),
-    ("keeps_metadata", True, "memory beside every page of the cache"),
-)
-"""What a selector's own attributes say that it needs: name, value, words."""
 
 
 def _head_gates(argv: list[str]) -> None:
@@ -215,21 +208,52 @@ def _head_gates(argv: list[str]) -> None:
     parser.add_argument("--sinks", type=int, default=64, help="first tokens that count as near (64)")
     parser.add_argument("--recent", type=int, default=256, help="last tokens that count as near (256)")
     parser.add_argument("--window", type=int, default=32, help="last queries that are looked at (32)")
+    parser.add_argument("--progress", action="store_true", help="show how far it is")
     args = parser.parse_args(argv)
 
     from server.embedded import EmbeddedModelError, ensure_embedded_model
     from server.errors import StartError, one_line
     from server.gates import write_gates
     from server.head_gates import Reach, gates_of_texts
+    from server.watching import read_texts
 
     if args.sinks < 0 or args.recent < 0 or args.window < 1:
         parser.error("--sinks and --recent can't be negative, --window is at least 1")
     try:
-        texts = [Path(file).read_text(encoding="utf-8") for file in args.prompts]
+        texts = read_texts(args.prompts)
         model = args.model or str(ensure_embedded_model())
-        write_gates(args.output, gates_of_texts(model, texts, Reach(args.sinks, args.recent, args.window)))
-    except (StartError, EmbeddedModelError, OSError, UnicodeDecodeError) as error:
+        reach = Reach(args.sinks, args.recent, args.window)
+        write_gates(args.output, gates_of_texts(model, texts, reach, bar=args.progress))
+    except (StartError, EmbeddedModelError, OSError) as error:
         _fail(one_line(error))
+
+
+def _calibrate(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="longreach calibrate",
+        description="Measure, without training, what the selectors loki, tidal and lessismore have to know of a model, "
+        "and write a file for `longreach serve --decode-calibration`.",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT_FILE", help="a long text, sent as a user's message")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to write it (.safetensors)")
+    parser.add_argument("--model", help="folder or repository; left out, the embedded model")
+    parser.add_argument("--rank", type=int, default=32, help="directions of each KV head's keys, for loki (32)")
+    parser.add_argument("--progress", action="store_true", help="show how far it is")
+    args = parser.parse_args(argv)
+
+    from server.calibrate import calibrate
+    from server.embedded import EmbeddedModelError, ensure_embedded_model
+    from server.errors import StartError, one_line
+    from server.watching import read_texts
+
+    try:
+        texts = read_texts(args.prompts)
+        model = args.model or str(ensure_embedded_model())
+        found = calibrate(model, texts, args.output, args.rank, bar=args.progress)
+    except (StartError, EmbeddedModelError) as error:
+        _fail(one_line(error))
+    with _reader_may_leave():
+        print(found.summary())
 
 
 def _doctor(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_plugins.decode.registry import DENSE, selectors
+from attention_plugins.decode.settings import STATES
 from kvcache.method import PolicyError
 from server.calibration import read_calibration
 from server.desks import clash, companions
@@ -16,7 +17,6 @@ from server.platforms import Platform
 from server.selectors import SelectorDesk
 
 ALL, NONE = "all", "none"
-STATES = 64
 
 
 def add_decode_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         default=STATES,
         type=int,
         metavar="N",
-        help=f"Most requests at once that a selector remembers something of; others read everything ({STATES}).",
+        help=f"Most requests at once that select, and that selectors remember; others read everything ({STATES}).",
     )
     group.add_argument(
         "--decode-calibration",

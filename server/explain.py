@@ -226,6 +226,7 @@ def explain(argv: Sequence[str]) -> str:
         require_matplotlib()
     prompt = read_prompt(args.prompt)
 
+    from attention_plugins.decode.registry import DENSE
     from kvcache.registry import NONE
     from kvcache.vllm_adapter.compat import check
     from server.arguments import parse
@@ -237,6 +238,10 @@ def explain(argv: Sequence[str]) -> str:
     platform = detect()
     check(platform.name)
     serve = parse(flags, platform, command="explain")
+    if serve.decode_attention != DENSE:
+        raise StartError(
+            "--decode-attention: explain shows what a policy keeps, not what steps read of it; leave it out"
+        )
     make_ready(serve, platform)
     words = default_policy(serve, platform)
     if words["policy"] == NONE:

@@ -6,8 +6,6 @@ queries look into the middle of a prompt is taken for a retrieval head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,7 @@ import torch
 
 from kvcache.scorers import mean_probabilities
 from server.errors import StartError
-
-_ATTENTION = "longreach_head_gates"
+from server.watching import load, run_all, tokens
 
 
 @dataclass(frozen=True)
@@ -47,76 +44,36 @@ class Reach:
         return attention[..., self.sinks : keys.shape[1] - max(self.recent, self.window)].sum(-1).amax(-1)
 
 
-@contextmanager
-def _watched(model: Any, reach: Reach, found: dict[int, torch.Tensor]) -> Iterator[None]:
-    """While this holds, a forward pass of one prompt leaves each layer's far mass in `found`."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any) -> Any:
-        queries = query[0, :, -reach.window :].transpose(0, 1)
-        found[module.layer_idx] = reach.far_mass(queries, key[0], scaling).cpu()
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
-
-    AttentionInterface.register(_ATTENTION, attend)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@torch.inference_mode()
-def measure(model: Any, prompts: list[list[int]], reach: Reach) -> list[list[float]]:
+def measure(model: Any, prompts: list[list[int]], reach: Reach, *, bar: bool = False) -> list[list[float]]:
     """Gates by layer and KV head, spread over 0 ... 1: the mean over prompts, lowest head 0, highest 1.
 
     Args:
         model: a causal language model of transformers, all of whose layers attend to everything.
         prompts: token ids.
+        bar: show on stderr how far it is.
 
     Raises:
-        StartError: a prompt is too short to tell near from far.
+        StartError: a prompt is too short to tell near from far, or there is none.
     """
-    total: torch.Tensor | None = None
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) < reach.shortest:
-            raise StartError(f"prompt {number} has {len(prompt)} tokens; at least {reach.shortest} are needed")
-        found: dict[int, torch.Tensor] = {}
-        with _watched(model, reach, found):
-            # The body alone: logits of a long prompt would take gigabytes.
-            model.base_model(torch.tensor([prompt], device=model.device), use_cache=False)
-        masses = torch.stack([found[layer] for layer in sorted(found)]).double()
-        total = masses if total is None else total + masses
-    if total is None:
+    found: dict[int, torch.Tensor] = {}
+
+    def see(layer: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        mass = reach.far_mass(queries[:, -reach.window :].transpose(0, 1), keys, scale).double().cpu()
+        found[layer] = mass + found.get(layer, 0)
+
+    run_all(model, prompts, reach.shortest, lambda: see, bar)
+    if not found:
         raise StartError("head gates need at least one prompt")
+    total = torch.stack([found[layer] for layer in sorted(found)])
     low, high = total.min(), total.max()
     return ((total - low) / (high - low).clamp(min=1e-12)).tolist()
 
 
-def gates_of_texts(model_path: str, texts: list[str], reach: Reach) -> list[list[float]]:
+def gates_of_texts(model_path: str, texts: list[str], reach: Reach, *, bar: bool = False) -> list[list[float]]:
     """Load a model, on a GPU if there is one, and measure its gates on these user messages.
 
     Raises:
         StartError: the model can't be loaded, or a prompt is too short.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from server.errors import one_line
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").to(device).eval()
-    except (OSError, ValueError) as error:
-        raise StartError(f"{model_path} can't be loaded: {one_line(error)}") from error
-    return measure(model, [_tokens(tokenizer, text) for text in texts], reach)
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """A prompt as a server renders it: with the chat template where the model has one."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer(text)["input_ids"])
-    message = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    tokenizer, model = load(model_path)
+    return measure(model, [tokens(tokenizer, text) for text in texts], reach, bar=bar)

@@ -19,8 +19,11 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
+from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+from kvcache.registry import policy_words
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.arguments import parse, resolve_model
+from server.decode_settings import pass_selectors
 from server.errors import StartError, one_line
 from server.flags import tell_workers
 from server.platforms import Platform, choose_scheduler, detect, prepare
@@ -35,6 +38,7 @@ class Job:
         prompt: token ids.
         params: vLLM's sampling parameters; `words` are added to its `extra_args`.
         words: the request's policy, `{"policy": name, ...}`.
+        selector: its selector, `{"selector": name, ...}`; None reads everything.
         output: vLLM's last output, once the job is done.
         kept: kept prompt positions below the tail by layer and KV head; empty unless the engine keeps positions
             and the prompt was compacted.
@@ -43,6 +47,7 @@ class Job:
     prompt: list[int]
     params: SamplingParams
     words: dict[str, Any]
+    selector: dict[str, Any] | None = None
     output: Any = None
     kept: list[list[torch.Tensor]] = field(default_factory=list)
 
@@ -55,6 +60,16 @@ class Job:
     def usage(self) -> dict[str, Any]:
         """As `usage.kv_cache` of the server's answers."""
         return dict(self.output.kv_transfer_params[EXTRA_ARG]["usage"])
+
+    @property
+    def decode_usage(self) -> dict[str, Any]:
+        """As `usage.decode_attention`; empty where everything was read."""
+        return dict(self.output.kv_transfer_params[EXTRA_ARG].get("decode_usage") or {})
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """What the scheduler looks at."""
+        return {EXTRA_ARG: self.words, **({DECODE_FIELD: self.selector} if self.selector else {})}
 
 
 class InProcessEngine:
@@ -96,7 +111,7 @@ class InProcessEngine:
         running: dict[str, Job] = {}
         for job in jobs:
             name, self._number = f"job{self._number}", self._number + 1
-            job.params.extra_args = {**(job.params.extra_args or {}), EXTRA_ARG: job.words}
+            job.params.extra_args = {**(job.params.extra_args or {}), **job.extra_args}
             self.engine.add_request(name, {"prompt_token_ids": job.prompt}, job.params)
             running[name] = job
         while self.engine.has_unfinished_requests():
@@ -139,7 +154,8 @@ def build_engine(argv: list[str], *, keep_positions: bool = False, **settings: A
 
 
 def make_ready(args: Namespace, platform: Platform) -> None:
-    """Refuse what can't be, and fill in the rest, in place.
+    """Refuse what can't be, and fill in the rest, in place. Selectors are there where the flags name some: few such
+    engines use them, and each costs memory.
 
     Raises:
         StartError, EmbeddedModelError: as `build_engine`.
@@ -150,6 +166,8 @@ def make_ready(args: Namespace, platform: Platform) -> None:
     if args.tensor_parallel_size > 1:
         raise StartError("--tensor-parallel-size: an engine inside one process has one worker")
     prepare(args, platform)
+    if args.decode_selectors:
+        pass_selectors(args, platform, policy_words(None))
     resolve_model(args)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from attention_plugins.decode.settings import DecodeSettings
 from server.errors import StartError
 
 _CACHES = {"cpu": ("auto", "float16", "bfloat16"), "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")}
@@ -59,6 +60,12 @@ def refuse_config(config: Any, platform: str) -> None:
         (_slides(model, text), "sliding-window or chunked attention"),
         (model.uses_alibi, "ALiBi"),
         (_has_sinks(text), "learned attention sinks"),
+        (
+            bool(
+                getattr(text, "attn_logit_softcapping", None) and DecodeSettings.of(config.additional_config).selectors
+            ),
+            "decode selectors with attention logits that have a soft cap (--decode-selectors none does without)",
+        ),
         (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
         (
             config.kv_transfer_config is not None,
@@ -104,6 +111,11 @@ def _slides(model: Any, text: Any) -> bool:
         or getattr(text, "attention_chunk_size", None) is not None
         or any("sliding" in kind or "chunked" in kind for kind in kinds)
     )
+
+
+def _caps_logits(text: Any) -> bool:
+    """Whether attention logits have a soft cap, as in Gemma 2."""
+    return bool(getattr(text, "attn_logit_softcapping", None))
 
 
 def _has_sinks(text: Any) -> bool:

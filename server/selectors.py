@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from attention_plugins.decode.base import Selector
@@ -12,6 +12,18 @@ from kvcache.method import PolicyError
 NOT_CALIBRATED = "needs what was measured of the model: --decode-calibration FILE, written by `longreach calibrate`"
 NOT_PARALLEL = "needs all heads on one GPU: --tensor-parallel-size 1"
 
+_NEEDS = (
+    ("with_policies", False, "a whole cache, which no policy compresses"),
+    ("with_tensor_parallel", False, "all heads on one GPU"),
+    ("needs_calibration", True, "a file of `longreach calibrate`"),
+    ("keeps_metadata", True, "memory beside every page of the cache"),
+)
+
+
+def needs_of(described: Mapping[str, Any]) -> list[str]:
+    """What a selector needs, in words, from its own description."""
+    return [text for name, wanted, text in _NEEDS if described[name] is wanted]
+
 
 class SelectorDesk:
     """What one running server accepts.
@@ -20,7 +32,7 @@ class SelectorDesk:
         default: the server's own selector, `{"selector": name, ...}`.
         enabled: selectors that requests may use.
         unavailable: None when selectors can run here, else why they can't.
-        states: most requests that a selector remembers at once.
+        states: most requests that select at once.
         calibrated: whether there is a file of `longreach calibrate`.
         tensor_parallel: how many GPUs the heads are spread over.
     """

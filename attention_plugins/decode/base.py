@@ -45,7 +45,7 @@ class Selector(Method):
     prepares: ClassVar[bool] = False
     """Whether the reader wants to see a request's pages before its first step, and after each compaction."""
     keeps_metadata: ClassVar[bool] = False
-    """Whether a worker holds something for each page of the cache , used or not."""
+    """Whether a worker holds something for each page of the cache, used or not."""
     with_policies: ClassVar[bool] = True
     """Whether it works over compressed caches, whose layers and heads hold different tokens."""
     with_tensor_parallel: ClassVar[bool] = True

@@ -82,7 +82,6 @@ class Loki(Selector):
     title = "Loki: tokens by their keys' principal directions"
     paper = "arXiv 2406.02542"
     reader = LokiReader
-    keeps_metadata = True
     prepares = True
     keeps_metadata = True
     needs_calibration = True

@@ -58,6 +58,5 @@ class Quest(Selector):
     title = "Quest: pages by an upper bound of their keys"
     paper = "arXiv 2406.10774"
     reader = QuestReader
-    keeps_metadata = True
     prepares = True
     keeps_metadata = True

@@ -1,4 +1,4 @@
-"""docs/policies/ says what the source says."""
+"""docs/policies/ and docs/selectors/ say what the source says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from attention_plugins.decode.registry import selectors
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -23,8 +25,15 @@ def build() -> ModuleType:
 
 def test_pages_are_current(build: ModuleType) -> None:
     """When this fails: `make docs`."""
-    written = {page.name: page.read_text(encoding="utf-8") for page in (DOCS / "policies").glob("*.md")}
+    pages = [*(DOCS / "policies").glob("*.md"), *(DOCS / "selectors").glob("*.md"), DOCS / "selectors.md"]
+    written = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in pages}
     assert written == build.pages()
+
+
+def test_every_selector_has_a_formula(build: ModuleType) -> None:
+    for selector in selectors().values():
+        idea, formula = build.parted(selector.describe()["description"])
+        assert idea and formula and "Formula:" not in idea + formula, selector.name
 
 
 @pytest.mark.parametrize("page", [*DOCS.rglob("*.md"), DOCS.parent / "README.md"], ids=lambda page: page.name)

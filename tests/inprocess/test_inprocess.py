@@ -63,3 +63,10 @@ def test_a_forced_continuation_reads_the_compacted_cache_as_an_answer_does(small
 def test_what_cannot_be_started_is_a_start_error(tiny_model: Path, flag: list[str]) -> None:
     with pytest.raises(StartError):
         build_engine([str(tiny_model), "--skip-tokenizer-init", *flag])
+
+
+def test_a_job_names_its_policy_and_its_selector() -> None:
+    job = Job([1], SamplingParams(), SNAPKV)
+    assert job.extra_args == {"kv_cache": SNAPKV}
+    job.selector = {"selector": "tidal"}
+    assert job.extra_args == {"kv_cache": SNAPKV, "decode_attention": {"selector": "tidal"}}

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from attention_plugins.decode.registry import selectors
 from kvcache.registry import policies
 from server.arguments import EMBEDDED_CACHE_BYTES, resolve_model
 from server.cli import main
@@ -65,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "doctor")
+COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "calibrate", "doctor")
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
@@ -278,6 +279,32 @@ def test_policies_are_listed(run: Run) -> None:
     assert [policy["name"] for policy in json.loads(run("policies", "--json").out)] == list(policies())
     outcome = run("policies", "--yaml")
     assert outcome.code == 2 and "unrecognized arguments: --yaml" in outcome.err
+
+
+def test_selectors_are_listed(run: Run) -> None:
+    text = run("selectors").out
+    assert text.startswith("dense\n")
+    for selector in selectors().values():
+        assert f"\n{selector.name}\n    {selector.title} ({selector.paper})\n    needs: " in text
+    assert "needs: a whole cache, which no policy compresses, all heads on one GPU\n" in text
+    assert [selector["name"] for selector in json.loads(run("selectors", "--json").out)] == list(selectors())
+    outcome = run("selectors", "--yaml")
+    assert outcome.code == 2 and "unrecognized arguments: --yaml" in outcome.err
+
+
+def test_selectors_reach_the_engine(run: Run, no_unpacking: Path) -> None:
+    outcome = run("serve", "--decode-attention", "quest", "--decode-tokens=512", "--decode-states", "8")
+    assert outcome.code == 0, outcome.err
+    assert outcome.args is not None
+    decode = outcome.args.additional_config["longreach"]["decode"]
+    assert "quest" in decode["selectors"] and (decode["states"], decode["calibration"]) == (8, None)
+    fails(
+        run("serve", "--decode-attention", "tidal", "--kv-policy", "snapkv"), "--decode-attention: tidal needs a whole"
+    )
+    fails(run("serve", "--decode-selectors", "tide"), "--decode-selectors: tide: there are recycled")
+    fails(run("serve", "--decode-tokens", "64"), "--decode-tokens without a selector")
+    flags = run("serve", "--help=all").out
+    assert "Sparse decoding (Longreach)" in flags and "--decode-min-context VALUE" in flags
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from attention_plugins.decode.registry import FIELD
 from kvcache.usage import TOTALS
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.engine import LongreachLLM
@@ -124,6 +125,51 @@ def test_an_output_without_our_dictionary_tells_nothing(engine: Engine) -> None:
     fake, scope = engine([output(finished=True)]), RequestScope()
     assert len(fake.generate(scope)) == 1
     assert (scope.usage, fake.compactions()) == ({}, None)
+
+
+TIDAL = {"selector": "tidal", "tokens": 512, "min_context": 0}
+DECODED = {**TIDAL, "steps": {"select": 3}}
+
+
+def decode_told(**others: Any) -> dict[str, Any]:
+    params = told()
+    params[EXTRA_ARG] |= {"decode_usage": DECODED, "decode_totals": {"tidal": {"select": 8}}, **others}
+    return params
+
+
+def test_requests_get_their_selector_or_the_servers(engine: Engine) -> None:
+    fake = engine([], selector=TIDAL)
+    fake.generate(RequestScope({FIELD: {"selector": "quest"}}))
+    fake.generate(RequestScope())
+    fake.generate()
+    fake.generate(RequestScope({FIELD: {"selector": "dense"}}), extra_args={FIELD: {"selector": "quest"}})
+    given = [call[1].extra_args for call in fake.calls]
+    assert [args.get(FIELD) for args in given] == [{"selector": "quest"}, TIDAL, TIDAL, None]
+    assert [args[EXTRA_ARG] for args in given] == [fake.llm.desks.policies.default] * 4
+
+
+def test_steps_go_to_the_answer_and_the_metrics(engine: Engine) -> None:
+    fake, scope = engine([output(decode_told(), finished=True)]), RequestScope({FIELD: TIDAL})
+    assert fake.generate(scope)[0].kv_transfer_params is None
+    assert scope.usage == {"kv_cache": [USAGE], FIELD: [DECODED]}
+    labels = {"model_name": "m", "selector": "tidal", "mode": "select"}
+    assert fake.registry.get_sample_value("longreach_decode_steps_total", labels) == 8
+
+
+@pytest.mark.parametrize("usage", [{"decode_usage": None, "decode_totals": {}}, {"decode_usage": None}])
+def test_reading_everything_is_told_only_to_those_who_asked_for_it(engine: Engine, usage: dict[str, Any]) -> None:
+    for asked, expected in (({}, None), ({FIELD: {"selector": "dense"}}, [{"selector": "dense"}])):
+        scope = RequestScope(dict(asked))
+        engine([output(decode_told(**usage), finished=True)]).generate(scope)
+        assert scope.usage.get(FIELD) == expected
+
+
+def test_a_stock_engine_reads_everything(engine: Engine) -> None:
+    desk = PolicyDesk({"policy": "none"}, 16, unavailable="no adapter")
+    scope = RequestScope({FIELD: {"selector": "dense"}})
+    fake = engine([output(finished=True)], desk)
+    fake.generate(scope)
+    assert (scope.usage[FIELD], fake.calls[0][1].extra_args) == ([{"selector": "dense"}], None)
 
 
 def test_a_stock_engine_keeps_everything(engine: Engine) -> None:

@@ -211,6 +211,8 @@ def test_flags_are_those_of_serve(prompt: str, flags: list[str], words: dict[str
         (["--kv-policy", "snapkv", "--kv-budget", "40"], "too small"),
         (["--kv-budget", "512"], "without a policy"),
         (["--tensor-parallel-size", "2"], "one worker"),
+        (["--decode-attention", "tidal"], "--decode-attention: explain shows what a policy keeps"),
+        (["--decode-selectors", "tide"], "--decode-selectors: tide: there are"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_starts(prompt: str, flags: list[str], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvcache.usage import TOTALS
-from server.metrics import NAMES, CompressionMetrics
+from server.metrics import NAMES, CompressionMetrics, DecodeMetrics
 
 
 def totals(compactions: float, seconds: float = 0.5) -> dict[str, float]:
@@ -73,3 +73,16 @@ def test_the_names_are_as_prometheus_wants_them() -> None:
     text = generate_latest(registry).decode()
     for name in ("compactions", "tokens_seen", "tokens_kept", "blocks_freed", "nan_scores", "compaction_seconds"):
         assert f'longreach_kv_{name}_total{{model_name="a/b",policy="snapkv"}} 1.0' in text
+
+
+def test_steps_of_decoding_are_counted_by_selector_and_by_what_they_read() -> None:
+    registry = CollectorRegistry()
+    metrics = DecodeMetrics("m", registry)
+    for select, crowded in ((5, 0), (9, 2), (7, 1)):  # the last one is late
+        metrics.update({"tidal": {"select": select, "crowded": crowded}, "quest": {"select": 1}})
+    metrics.update({})
+    text = generate_latest(registry).decode()
+    name = "longreach_decode_steps_total"
+    assert f'{name}{{mode="select",model_name="m",selector="tidal"}} 9.0' in text
+    assert f'{name}{{mode="crowded",model_name="m",selector="tidal"}} 2.0' in text
+    assert f'{name}{{mode="select",model_name="m",selector="quest"}} 1.0' in text

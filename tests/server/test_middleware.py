@@ -230,3 +230,71 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
     bodies = asyncio.run(both())
     assert [json.loads(body)["usage"]["kv_cache"]["prompt_tokens"] for body in bodies] == [1, 2]
     assert (seen["a"]["policy"], seen["bb"]["policy"]) == ("none", "random")
+
+
+TIDAL = {"selector": "tidal", "tokens": 512, "min_context": 16384}
+ONE_STEP = {**TIDAL, "steps": {"select": 1}}
+
+
+def test_both_fields_are_taken_out() -> None:
+    handler = Handler()
+    post(handler, {"prompt": "hi", "kv_cache": POLICY, "decode_attention": {"selector": "quest", "tokens": 64}})
+    assert json.loads(handler.body) == {"prompt": "hi"}
+    assert length_seen(handler) == len(handler.body)
+    assert handler.words == WORDS
+    assert handler.decode == {"selector": "quest", "tokens": 64, "min_context": 16384}
+    post(handler, {"prompt": "hi", "decode_attention": {"selector": "tidal", "tokens": 512}})
+    assert (handler.words, handler.decode) == (None, TIDAL)
+    post(handler, {"prompt": "hi", "decode_attention": None})
+    assert (handler.words, handler.decode) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "words"),
+    [
+        ({"decode_attention": "tidal"}, "decode_attention", ("object",)),
+        ({"decode_attention": {"selector": "tide"}}, "decode_attention.selector", ("tide", "dense, recycled")),
+        ({"decode_attention": {"selector": "tidal", "token": 64}}, "decode_attention.token", ("no such argument",)),
+        ({"decode_attention": {"selector": "local"}}, "decode_attention.selector", ("--decode-selectors local",)),
+        ({"decode_attention": {"selector": "tidal"}, "kv_cache": POLICY}, "decode_attention.selector",
+         ("tidal needs a whole cache", "kv_cache.policy streamingllm", "dense, recycled", "kv_cache.policy none")),
+        ({"vllm_xargs": {"decode_attention": "x"}}, "vllm_xargs.decode_attention", ("not read",)),
+        ({"decode_attention": {"selector": "quest"}, "use_beam_search": True}, "decode_attention", ("beam search",)),
+    ],
+)  # fmt: skip
+def test_refused_selectors_are_openai_errors(content: dict[str, Any], field: str, words: tuple[str, ...]) -> None:
+    handler = Handler()
+    sent = post(handler, {"prompt": "hi", **content})
+    assert handler.words == "not called"
+    assert sent[0]["status"] == 400
+    error = json.loads(sent_body(sent))["error"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", field, 400)
+    assert all(word in error["message"] for word in words), error["message"]
+
+
+def test_the_servers_own_policy_and_selector_count_for_what_goes_together() -> None:
+    compressing = desks(PolicyDesk(POLICY, 16))
+    handler = Handler()
+    assert post(handler, {"decode_attention": {"selector": "tidal"}}, compressing)[0]["status"] == 400
+    post(handler, {"decode_attention": {"selector": "tidal"}, "kv_cache": {"policy": "none"}}, compressing)
+    assert (handler.words, handler.decode) == ({"policy": "none"}, TIDAL | {"tokens": 2048})
+    selecting = desks(default={"selector": "tidal"})
+    sent = post(handler, {"kv_cache": POLICY}, selecting)
+    assert sent[0]["status"] == 400 and b"tidal needs a whole cache" in sent_body(sent)
+    post(handler, {"kv_cache": POLICY, "decode_attention": {"selector": "dense"}}, selecting)
+    assert (handler.words, handler.decode) == (WORDS, {"selector": "dense"})
+    post(handler, {"kv_cache": {"policy": "none"}}, selecting)
+    assert handler.decode is None
+
+
+def test_beam_search_reads_everything_whatever_the_servers_selector() -> None:
+    handler = Handler(answer(b'{"usage":{}}'), finished=(ONE_STEP,))
+    sent = post(handler, {"use_beam_search": True}, desks(default={"selector": "tidal"}))
+    assert (handler.decode, sent) == ({"selector": "dense"}, handler.answer)
+
+
+def test_answers_tell_both_fields_and_add_up_steps() -> None:
+    sent = post(Handler(answer(b'{"usage":{"prompt_tokens":7}}'), finished=(USAGE, ONE_STEP, ONE_STEP)), {})
+    usage = json.loads(sent_body(sent))["usage"]
+    assert {**usage.pop("kv_cache"), "prompt_tokens": 7} == USAGE
+    assert usage == {"prompt_tokens": 7, "decode_attention": {**TIDAL, "steps": {"select": 2}}}

@@ -160,6 +160,17 @@ def test_features_of_gpus_are_refused_on_cpus(configure: Configure, engine_args:
     refuse(config, "cuda")
 
 
+def test_selectors_do_not_know_soft_caps(configure: Configure) -> None:
+    for selectors in ([], ["tidal"]):
+        settings = {"longreach": {"decode": {"selectors": selectors}}}
+        config = configure(GEMMA, disable_sliding_window=True, additional_config=settings)
+        for platform in RUNNERS:
+            if selectors:
+                assert "soft cap (--decode-selectors none does without)" in refused(config, platform)
+            else:
+                refuse(config, platform)
+
+
 def test_each_platform_has_its_model_runner(configure: Configure) -> None:
     config = configure(LLAMA)
     assert refused(config, "cpu", runner="1") == "Model Runner V2 on this platform (VLLM_USE_V2_MODEL_RUNNER)"
