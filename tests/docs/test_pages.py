@@ -9,6 +9,11 @@ from types import ModuleType
 
 import pytest
 
+from kvcache.allocators.gates import GateHeads
+from kvcache.method import Method
+from kvcache.policies.base import Policy
+from kvcache.registry import BUILT_IN, HEADS, LAYERS
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -25,6 +30,23 @@ def test_pages_are_current(build: ModuleType) -> None:
     """When this fails: `make docs`."""
     written = {page.name: page.read_text(encoding="utf-8") for page in (DOCS / "policies").glob("*.md")}
     assert written == build.pages()
+
+
+@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values(), GateHeads], ids=lambda m: m.name)
+def test_every_method_has_a_short_formula(method: type[Method], build: ModuleType) -> None:
+    """On its page, apart from its description; an allocator's is on the page of all."""
+    told, pages = method.describe(), build.pages()
+    lines = told["formula"].splitlines()
+    assert 1 <= len(lines) <= 6 and lines[0] == lines[0].lstrip() and "Formula" not in told["description"]
+    page = pages[f"{method.name}.md" if issubclass(method, Policy) else "README.md"]
+    assert method is GateHeads or f"```text\n{told['formula']}\n```" in page
+    assert not issubclass(method, Policy) or page.count("## Formula") == 1
+
+
+@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values()], ids=lambda m: m.name)
+def test_formulas_name_arguments_that_there_are(method: type[Method]) -> None:
+    named = set(re.findall(r"`(\w+)", method.describe()["formula"]))
+    assert named <= set(method.Args.model_fields)
 
 
 @pytest.mark.parametrize("page", [*DOCS.rglob("*.md"), DOCS.parent / "README.md"], ids=lambda page: page.name)
