@@ -46,6 +46,11 @@ class RaaS(Policy):
     def recent(self) -> int:
         return self.args.window
 
+    @property
+    def question(self) -> int:
+        """None beside the prompt, which stays whole."""
+        return 0
+
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
         """The prompt and the budget in whole pages; the first compaction comes when an interval more is there."""
         budget = max(self.args.budget.resolve(prompt_len), self.minimum_budget(page_size))
