@@ -20,7 +20,7 @@ from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
-from kvcache.selection import force, keep_top, ragged
+from kvcache.selection import force, keep_top, left_over, ragged
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
 
@@ -374,8 +374,7 @@ class Compressor:
         """
         g, n = self.geometry, source.competing[layer]
         evidence = self.evidence(layer, source.pages[layer, :, : n // g.page_size], n)
-        wanted = torch.ones(g.num_kv_heads, n + 1, device=self.pages.device).scatter_(1, kept, 0)
-        dropped = keep_top(wanted[:, :n], n - counts)
+        dropped = left_over(kept, n, n - int(counts.min()))
         keys, values = merger.merge(evidence.keys, evidence.values, kept, dropped)
         row, rank = ragged(counts, self.pages.device)
         slots, quant = self.tables.token_slots(slot, row + layer * g.num_kv_heads, rank), self.quant[layer]

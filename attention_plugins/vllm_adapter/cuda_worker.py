@@ -16,7 +16,7 @@ from attention_plugins.vllm_adapter.cuda_backend import StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.kernels import column_sums, similar_keys, window_votes
+from kvcache.kernels import column_sums, nearest_keys, similar_keys, window_votes
 from kvcache.observers.moments import QueryMoments
 from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
@@ -120,3 +120,4 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
         similar_keys.warm_up(evidence)
+        nearest_keys.warm_up(evidence)
