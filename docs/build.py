@@ -63,14 +63,6 @@ def measured() -> dict[str, dict[str, Any]]:
     return found
 
 
-def parted(description: str) -> tuple[str, str]:
-    """A docstring without its paragraph that starts with `Formula:`, and that paragraph without this word."""
-    paragraphs = description.split("\n\n")
-    formulas = [paragraph for paragraph in paragraphs if paragraph.startswith("Formula:")]
-    others = [paragraph for paragraph in paragraphs if paragraph not in formulas]
-    return "\n\n".join(others), "\n\n".join(formula.removeprefix("Formula:").strip() for formula in formulas)
-
-
 def pages() -> dict[str, str]:
     """Texts by their places in docs/."""
     jinja = Environment(
@@ -95,13 +87,11 @@ def _policies(jinja: Environment) -> dict[str, str]:
 
 
 def _selectors(jinja: Environment) -> dict[str, str]:
-    selectors = [{**each.describe(), "by_default": each.by_default()} for each in SELECTORS]
+    selectors = [each.describe() for each in SELECTORS]
     found = {"selectors.md": jinja.get_template("selectors.md.jinja").render(selectors=selectors)}
     page = jinja.get_template("selector.md.jinja")
     for selector in selectors:
-        idea, formula = parted(selector["description"])
-        text = page.render(selector=selector, idea=idea, formula=formula, needs=needs_of(selector))
-        found[f"selectors/{selector['name']}.md"] = text
+        found[f"selectors/{selector['name']}.md"] = page.render(selector=selector, needs=needs_of(selector))
     return found
 
 

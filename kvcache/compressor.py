@@ -20,7 +20,7 @@ from kvcache.pages import PageCodec, PageGeometry
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy
-from kvcache.selection import force, keep_top, ragged
+from kvcache.selection import force, keep_top, left_over, ragged
 from kvcache.stopwatch import Stopwatch
 from kvcache.tables import PageTables, to_device
 
@@ -290,26 +290,40 @@ class Compressor:
     def _past(self, request: _Request, layers: slice, tokens: int) -> dict[str, torch.Tensor]:
         """Where the tokens of layers of equal length stood, and what was remembered of them; layers follow each other
         as heads do."""
-        assert request.counts is not None and request.positions is not None
+        assert request.counts is not None
         kept = int(request.counts[layers.start, 0]) * request.plan.page_size
-        end = request.boundary // request.plan.page_size * request.plan.page_size + tokens - kept
-        since = torch.arange(end - (tokens - kept), end, device=self.pages.device)
-        positions = request.positions[layers, :, :kept].flatten(0, 1)
-        past = {POSITIONS: torch.cat([positions, since.expand(len(positions), -1)], -1)}
+        past = {POSITIONS: self._positions(request, layers, tokens)}
         if request.history is not None and request.tail_history is not None:
             history = torch.cat([request.history[layers, :, :kept], request.tail_history[layers]], -1).flatten(0, 1)
             past[HISTORY] = F.pad(history, (0, tokens - history.shape[-1]), value=float("nan"))
         return past
+
+    def _positions(self, request: _Request, layers: slice, tokens: int) -> torch.Tensor:
+        """Where the tokens of layers of equal length stood: int64 [layers * num_kv_heads, tokens]."""
+        size, device = request.plan.page_size, self.pages.device
+        if request.positions is None or request.counts is None:
+            rows = (layers.stop - layers.start) * self.geometry.num_kv_heads
+            return torch.arange(tokens, device=device).expand(rows, -1)
+        kept, first = int(request.counts[layers.start, 0]) * size, request.boundary // size * size
+        since = torch.arange(first, first + tokens - kept, device=device)
+        positions = request.positions[layers, :, :kept].flatten(0, 1)
+        return torch.cat([positions, since.expand(len(positions), -1)], -1)
 
     def _forced(self, request: _Request, scores: torch.Tensor, source: _Source, begin: int, end: int) -> torch.Tensor:
         """Scores of some layers with those of tokens that always stay at infinity."""
         plan, policy = request.plan, request.policy
         assert request.counts is not None
         tail = source.tokens[0] - source.competing[0]
-        recent = policy.recent_of(request.counts[begin:end] * plan.page_size + tail) - tail
+        tokens, (first, last) = request.counts[begin:end] * plan.page_size + tail, plan.question
+        recent = policy.recent_of(tokens)
+        if isinstance(recent, torch.Tensor):  # a share of what is kept, after all else that is forced
+            recent = recent.minimum((tokens - plan.pinned - (last - first)).clamp(min=0))
         if len(set(source.competing[begin:end])) == 1:
             competing = source.competing[begin]
-            forced = force(scores[begin:end, :, :competing], plan.pinned, recent)
+            forced = force(scores[begin:end, :, :competing], plan.pinned, recent - tail)
+            if first < last:
+                positions = self._positions(request, slice(begin, end), competing).view_as(forced)
+                forced.masked_fill_((positions >= first) & (positions < last), float("inf"))
             return F.pad(forced, (0, scores.shape[-1] - competing), value=float("-inf"))
         return torch.cat([self._forced(request, scores, source, i, i + 1) for i in range(begin, end)])
 
@@ -366,8 +380,7 @@ class Compressor:
         """
         g, n = self.geometry, source.competing[layer]
         evidence = self.evidence(layer, source.pages[layer, :, : n // g.page_size], n)
-        wanted = torch.ones(g.num_kv_heads, n + 1, device=self.pages.device).scatter_(1, kept, 0)
-        dropped = keep_top(wanted[:, :n], n - counts)
+        dropped = left_over(kept, n, n - int(counts.min()))
         keys, values = merger.merge(evidence.keys, evidence.values, kept, dropped)
         row, rank = ragged(counts, self.pages.device)
         slots, quant = self.tables.token_slots(slot, row + layer * g.num_kv_heads, rank), self.quant[layer]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import normalize
 
-# Bounds the memory of `Merger.merge`: similarities held at once, 4 bytes each, unless one dropped token has more.
+# Bounds the memory of `Merger.merge`: numbers held at once, 4 bytes each, unless one dropped token has more.
 _MAX_SIMILARITIES = 1 << 24
 
 MergeRule = Literal["paper", "scatter"]
@@ -68,12 +68,20 @@ class Merger:
 def nearest(
     keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most similar kept key of each dropped one, by cosine; arguments as in `Merger.merge`.
+    """The most similar kept key of each dropped one, by cosine, on a GPU by a kernel; arguments as in `Merger.merge`.
 
     Returns:
         float32 [num_kv_heads, dropped], -inf for what can't be merged or is no token; and int64, its place in `kept`.
     """
     heads, n, _ = keys.shape
+    # Infinite or NaN where one of a value's numbers is.
+    finite = torch.linalg.vector_norm(values, math.inf, dim=-1).isfinite()
+    usable = finite.gather(1, dropped.clamp(max=n - 1)) & (dropped < n)
+    if keys.is_cuda:
+        from kvcache.kernels.nearest_keys import nearest_fused
+
+        similarity, slot = nearest_fused(keys, kept, dropped)
+        return similarity.masked_fill_(~usable, -math.inf), slot
     unit = normalize(_take(keys, kept).float(), dim=-1).transpose(1, 2)
     similarities, slots = [], []
     piece = max(1, _MAX_SIMILARITIES // (heads * kept.shape[1]))
@@ -81,10 +89,9 @@ def nearest(
         cosines = normalize(_take(keys, part).float(), dim=-1) @ unit
         cosines.masked_fill_(cosines.isnan() | (kept == n)[:, None], -math.inf)
         best = cosines.max(-1)
-        usable = (part < n) & _take(values, part).isfinite().all(-1)
-        similarities.append(best.values.masked_fill_(~usable, -math.inf))
+        similarities.append(best.values)
         slots.append(best.indices)
-    return torch.cat(similarities, 1), torch.cat(slots, 1)
+    return torch.cat(similarities, 1).masked_fill_(~usable, -math.inf), torch.cat(slots, 1)
 
 
 def _take(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

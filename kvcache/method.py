@@ -46,7 +46,10 @@ Odd = Annotated[int, AfterValidator(_odd)]
 
 
 class Method(ABC):
-    """A published method, or a part of one: what policies and allocators have in common."""
+    """A published method, or a part of one: what policies and allocators have in common.
+
+    The docstring of each describes it; what stands below a line "Formula:" at its end is its formula.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -66,13 +69,15 @@ class Method(ABC):
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """Name, title, paper, needs and argument schema, as JSON-able data."""
+        """Name, title, paper, needs, formula and argument schema, as JSON-able data."""
+        description, _, formula = inspect.cleandoc(cls.__doc__ or "").partition("\n\nFormula:\n")
         return {
             "name": cls.name,
             "title": cls.title,
             "paper": cls.paper,
             "evidence": cls.evidence.value,
-            "description": inspect.cleandoc(cls.__doc__ or ""),
+            "description": description,
+            "formula": inspect.cleandoc(formula),
             "arguments": cls.Args.model_json_schema(),
         }
 

@@ -19,6 +19,7 @@ class RetentionPlan:
         kept_pages: full pages that each layer and KV head keeps on average; also the number of target blocks.
         pinned: first tokens that always stay.
         interval: tokens from one compaction to the next, in whole pages; 0: there is only one.
+        question: first and end of the positions that every compaction keeps that sees them: a prompt's suffix.
     """
 
     prompt_len: int
@@ -26,6 +27,7 @@ class RetentionPlan:
     kept_pages: int
     pinned: int = 0
     interval: int = 0
+    question: tuple[int, int] = (0, 0)
 
     @property
     def full_pages(self) -> int:
@@ -50,7 +52,8 @@ class RetentionPlan:
     def min_pages(self, recent: int) -> int:
         """Pages that a (layer, KV head) needs for its forced tokens; later compactions have no tail."""
         later = recent if self.interval else max(0, recent - self.tail)
-        return max(1, -(-(self.pinned + later) // self.page_size))
+        first, end = self.question
+        return max(1, -(-(self.pinned + end - first + later) // self.page_size))
 
     def last_boundary(self, computed: int) -> int:
         """Of the compactions that are due when so many tokens are computed, the last one's boundary; 0: none is."""

@@ -77,6 +77,23 @@ def among_top(scores: torch.Tensor, count: int) -> torch.Tensor:
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
+def left_over(kept: torch.Tensor, n: int, most: int) -> torch.Tensor:
+    """The positions below n that `keep_top` did not keep, ascending.
+
+    Args:
+        kept: int64 [rows, any], as `keep_top` gives them.
+        most: of any row.
+
+    Returns:
+        int64 [rows, most]; a row's positions come first, n fills up the rest.
+    """
+    free = torch.ones(len(kept), n + 1, dtype=torch.bool, device=kept.device).scatter_(1, kept, False)[:, :n]
+    # All others go behind the end.
+    place = torch.where(free, free.cumsum(-1) - 1, most)
+    positions = torch.arange(n, device=kept.device).expand(len(kept), -1)
+    return kept.new_full((len(kept), most + 1), n).scatter_(1, place, positions)[:, :most]
+
+
 def ragged(counts: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and place in its row of every entry of rows with these lengths, row by row: two int64 [sum of counts].
 

@@ -37,7 +37,7 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help=f"Selectors that requests may use, `{ALL}` or `{NONE}`; each costs memory and time at start-up. Left "
-        "out: those that need no calibration and no memory beside the cache, and that of --decode-attention.",
+        "out: that of --decode-attention alone.",
     )
     group.add_argument(
         "--decode-states",
@@ -95,8 +95,8 @@ def _enabled(args: argparse.Namespace, desk: SelectorDesk) -> list[str]:
     """
     known, named = selectors(), args.decode_selectors
     if named is None:
-        usual = (name for name, each in known.items() if each.by_default() or name == args.decode_attention)
-        return [] if desk.unavailable else [name for name in usual if desk.needs(known[name]) is None]
+        usual = known.get(args.decode_attention)
+        return [usual.name] if usual and not desk.unavailable and desk.needs(usual) is None else []
     if named == [NONE]:
         return []
     chosen = list(known) if named == [ALL] else named

@@ -114,10 +114,11 @@ class PolicyDesk:
         policy.check_model(self.model)
         budget, least = getattr(policy.args, "budget", None), policy.minimum_budget(self.page_size)
         if budget is not None and budget.tokens is not None and budget.tokens < least:
+            and_suffix = ", the suffix, which compactions of the answer keep," if policy.question else ""
             raise PolicyError(
                 "kv_cache.budget",
                 f"{budget.tokens} is too small for {policy.name} with these arguments.",
-                f">= {least} tokens (sinks, recent window and two pages of {self.page_size} tokens)",
+                f">= {least} tokens (sinks, recent window{and_suffix} and two pages of {self.page_size} tokens)",
             )
         return policy_words(policy)
 

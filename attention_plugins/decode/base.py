@@ -77,12 +77,6 @@ class Selector(Method):
         return Mode.DENSE if context <= max(self.args.tokens, self.args.min_context) else Mode.SELECT
 
     @classmethod
-    def by_default(cls) -> bool:
-        """Whether requests may use it on servers that were told nothing of selectors: it costs no part of the cache,
-        and needs no file."""
-        return not (cls.keeps_metadata or cls.needs_calibration)
-
-    @classmethod
     def describe(cls) -> dict[str, Any]:
         return {
             **super().describe(),

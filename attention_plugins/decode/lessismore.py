@@ -128,7 +128,8 @@ class LessIsMore(Selector):
     ones fill the rest. The paper's code ranks by query head; here the strongest of a group counts. All heads have to
     agree, so it isn't for tensor parallel, and goes with no policy.
 
-    Formula: `sinks + last + first m of (rank 1 of head 0, rank 1 of head 1, ..., rank 2 of head 0, ...)`.
+    Formula:
+        sinks + last + first m of (rank 1 of head 0, rank 1 of head 1, ..., rank 2 of head 0, ...).
     """
 
     name = "lessismore"

@@ -107,8 +107,8 @@ class LocalOrGlobal(Selector):
     `tokens` in all, in whole pages) is computed. Where the near share is at least `share`, for all query heads of a KV
     head, only near tokens are read. The paper's defaults are not verified.
 
-    Formula: `log far = log T + q.mu / sqrt d + q^T Sigma q / (2 d)`; near only if
-    `near / (near + far) >= share`.
+    Formula:
+        log far = log T + q.mu / sqrt d + q^T Sigma q / (2 d); near only if near / (near + far) >= share.
     """
 
     name = "local"

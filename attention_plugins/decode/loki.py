@@ -74,8 +74,9 @@ class Loki(Selector):
     taking off the mean, as in the published code. Coordinates of all cached keys are kept beside the cache: `rank / (2
     head_dim)` of its memory. Of a group of query heads the largest product counts.
 
-    Formula: `score_j = max over the group of (U^T q) . (U^T k_j)`, U the first `rank` directions; the K tokens with the
-    highest are read.
+    Formula:
+        score_j = max over the group of (U^T q) . (U^T k_j), U the first rank directions; the K tokens with the
+        highest are read.
     """
 
     name = "loki"

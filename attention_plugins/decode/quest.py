@@ -50,8 +50,9 @@ class Quest(Selector):
     sixteenth of the cache's memory at that size. Robust where the question changes, since nothing is ever dropped; weak
     where K is a few pages.
 
-    Formula: `score_p = sum over the group of sum over channels c of max(q_c * min_pc, q_c * max_pc)`; the newest page
-    and the `tokens / page - 1` best others are read.
+    Formula:
+        score_p = sum over the group of sum over channels c of max(q_c * min_pc, q_c * max_pc); the newest page and
+        the tokens / page - 1 best others are read.
     """
 
     name = "quest"

@@ -79,7 +79,8 @@ class Recycled(Selector):
     and where their cosine (over all heads together) is lower, that layer reads everything and chooses anew. Nothing
     leaves the cache: the next choice sees all tokens again.
 
-    Formula: at a full step the K tokens with the highest `max over the group of softmax(q k_j / sqrt d)`.
+    Formula:
+        at a full step the K tokens with the highest max over the group of softmax(q k_j / sqrt d).
     """
 
     name = "recycled"

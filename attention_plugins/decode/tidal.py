@@ -85,7 +85,8 @@ class Tidal(Selector):
     model of 32 layers can't gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no
     policy.
 
-    Formula: at layers 2 and `c` the K tokens with the highest `max over the group of softmax(q k_j / sqrt d)`.
+    Formula:
+        at layers 2 and c the K tokens with the highest max over the group of softmax(q k_j / sqrt d).
     """
 
     name = "tidal"

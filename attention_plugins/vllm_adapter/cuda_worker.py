@@ -21,7 +21,7 @@ from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.readers import blocks_beside_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
-from kvcache.kernels import column_sums, similar_keys, window_votes
+from kvcache.kernels import column_sums, nearest_keys, similar_keys, window_votes
 from kvcache.observers.moments import QueryMoments
 from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
@@ -88,7 +88,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             device=self.device,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=model.max_model_len,
-            calibration=read_calibration(settings),
+            calibration=read_calibration(settings, kv_heads),
         )
         itemsize = 1 if is_quantized_kv_cache(config.cache_config.cache_dtype) else model.dtype.itemsize
         block_bytes = layers * kv_heads * page_size * 2 * head_dim * itemsize
@@ -163,3 +163,4 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
         similar_keys.warm_up(evidence)
+        nearest_keys.warm_up(evidence)

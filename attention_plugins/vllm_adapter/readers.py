@@ -7,20 +7,30 @@ from dataclasses import replace
 from types import ModuleType
 
 import torch
+from safetensors.torch import load_file
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from attention_plugins.decode.base import Buffers, Place, Reader, ReadPages
+from attention_plugins.decode.loki import BASIS
 from attention_plugins.decode.registry import selectors
 from attention_plugins.decode.settings import DecodeSettings, score_capacity
 from kvcache.pages import PageGeometry
 
 
-def read_calibration(settings: DecodeSettings) -> dict[str, torch.Tensor]:
-    """What `longreach calibrate` has found; the server has looked at the file before."""
+def read_calibration(settings: DecodeSettings, num_kv_heads: int) -> dict[str, torch.Tensor]:
+    """What `longreach calibrate` has found, of this rank's heads; the server has looked at the file before.
+
+    Args:
+        num_kv_heads: of this rank.
+    """
     if settings.calibration is None:
         return {}
-    from safetensors.torch import load_file
-
-    return load_file(settings.calibration)
+    found = load_file(settings.calibration)
+    if BASIS in found:
+        # Ranks have their heads in order; where there are more ranks than heads, some have the same one.
+        first = get_tensor_model_parallel_rank() * found[BASIS].shape[1] // get_tensor_model_parallel_world_size()
+        found[BASIS] = found[BASIS][:, first : first + num_kv_heads]
+    return found
 
 
 def place_for(

@@ -133,7 +133,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             device=compressor.pages.device,
             max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
             max_model_len=self.vllm_config.model_config.max_model_len,
-            calibration=read_calibration(settings),
+            calibration=read_calibration(settings, compressor.geometry.num_kv_heads),
         )
         return Selecting(compressor, make_readers(settings, place, self.ops, self.read_pages()), caches)
 

@@ -15,6 +15,10 @@ class AdaHeads(HeadAllocator):
     Each head is sure of `floor` of the mean; the rest goes to the highest scores of all heads together (the rule of
     kvpress, which keeps exactly the layer's total; the paper's code loses tokens to rounding). Scores of different
     heads are compared as they are, so it suits scores that are attention.
+
+    Formula:
+        each head is sure of floor * tokens(l); a layer's other tokens go to the highest scores left in all its heads
+        tokens(head) = floor * tokens(l) + how many of those are the head's
     """
 
     name = "adakv"

@@ -85,7 +85,11 @@ class HeadAllocator(Allocator):
 
 
 class UniformLayers(LayerAllocator):
-    """The same for every layer."""
+    """The same for every layer.
+
+    Formula:
+        tokens(l) = budget
+    """
 
     name = "uniform"
     title = "every layer the same"
@@ -99,7 +103,11 @@ class UniformLayers(LayerAllocator):
 
 
 class EqualHeads(HeadAllocator):
-    """The same for every KV head of a layer."""
+    """The same for every KV head of a layer.
+
+    Formula:
+        tokens(head) = tokens(l)
+    """
 
     name = "equal"
     title = "every head of a layer the same"

@@ -21,6 +21,11 @@ class D2OLayers(LayerAllocator):
     The code never compresses the first two layers and the last, beyond its budget. Here a request's memory is fixed:
     `whole_first` and `whole_last` (2 and 1 in the code) give such layers the prompt's length, but together no more than
     half of all tokens if there are other layers that get less for it; the others share the rest.
+
+    Formula:
+        x_h = variance over tokens of what they got from all queries, by KV head h
+        v(l) = mean over h of (x_h - min x) / (max x - min x + 1e-6)
+        tokens(l) = budget * layers * softmax_l(-v)
     """
 
     name = "d2o"

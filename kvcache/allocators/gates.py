@@ -41,6 +41,10 @@ class GateHeads(HeadAllocator):
     A table of gates, one per KV head of each layer, says which head is which: published for some models (gates learnt
     by distillation), or made from a model's own attention by `longreach head-gates`. Pages that are left over from
     rounding up go to streaming heads.
+
+    Formula:
+        streaming head: gate = 0, or gate < the value below which `sparsity` of all gates lie
+        tokens(head) = prompt for retrieval heads, sinks + recent in whole pages for streaming ones
     """
 
     name = "gates"

@@ -16,6 +16,11 @@ class PyramidLayers(LayerAllocator):
     The highest layer keeps 1/`beta` of the budget beside the forced last tokens, the lowest as much more.
     Renormalised: the sum over layers is exactly `layers * budget` (the published integer rule overspends, by 29 %
     at 80 layers and 128 tokens).
+
+    Formula:
+        scored tokens of layer l of L, S = budget - window (or recent):  first + l / (L - 1) * (last - first)
+        last = S // beta, first = 2 S - last;  if first > prompt - window: first = prompt - window, last = 2 S - first
+        prompts shorter than 2 S: S in every layer
     """
 
     name = "pyramid"

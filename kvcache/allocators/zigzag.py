@@ -32,6 +32,11 @@ class ZigZagLayers(LayerAllocator):
     The number (LMBA) is the mean over query heads of the observation window's attention, before pooling. `bound` of
     the budget goes to every layer alike, the rest by LMBA. A share beyond the prompt is spread over the other layers
     (not specified in the paper). The paper's `bound` is not verified; no code was released.
+
+    Formula:
+        p_h,j = mean over the last `window` queries q of query head h of softmax_j(q . k_j)
+        LMBA(l) = mean over query heads h of the fewest j whose p_h,j sum to `mass` of all
+        tokens(l) = bound * budget + (1 - bound) * budget * layers * LMBA(l) / sum of LMBA
     """
 
     name = "zigzag"

@@ -17,6 +17,10 @@ class ZipVLLayers(LayerAllocator):
     One set for all heads of a layer, as the description has it (head handling is not verified). The paper fixes no
     budget; here its numbers of tokens are shares of one, since a request's memory is known before its prompt has run.
     The attention is the observation window's; the paper also probes random queries.
+
+    Formula:
+        c(l) = the fewest j whose p_j sum to `tau` of all; p_j = mean over query heads h of zigzag's p_h,j
+        tokens(l) = budget * layers * c(l) / sum of c
     """
 
     name = "zipvl"

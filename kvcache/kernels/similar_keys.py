@@ -53,28 +53,41 @@ def _newest(
     tl.store(cosines + head * n + row, tl.where(found, cosine, 0.0), mask=real)
 
 
-def newest_similar_fused(keys: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kvcache.policies.rkv.newest_similar`.
+def key_shape(keys: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+    """Lengths of keys, float32 [num_kv_heads, n], and the sizes of a kernel that multiplies blocks of them.
 
-    bf16 and fp16 keys are multiplied as they are, float32 ones as three TF32 products (float32 but for the last bits);
-    sums are float32. Any head size up to 256: it is filled up with zeros to a power of two, at least 16.
+    Any head size up to 256: it is filled up with zeros to a power of two, at least 16.
 
     Raises:
         ValueError: keys whose numbers don't follow each other, or of more than 256.
     """
-    heads, n, dim = keys.shape
+    dim = keys.shape[2]
     if keys.stride(2) != 1 or dim > 256:
-        raise ValueError(f"the kernel reads keys of up to 256 adjacent numbers, not {dim} at stride {keys.stride(2)}")
-    dim_2 = max(16, triton.next_power_of_2(dim))
-    small = dim_2 * keys.element_size() <= 256
-    rows, step = (128, 128) if small else (64, 64)
+        raise ValueError(f"the kernels read keys of up to 256 adjacent numbers, not {dim} at stride {keys.stride(2)}")
     # As torch.nn.functional.normalize: a key of zeros is like no other.
     norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-12).contiguous()
+    dim_2 = max(16, triton.next_power_of_2(dim))
+    # With two stages, two programs fit on a multiprocessor: one multiplies while the other looks for its maxima.
+    block, warps = (128, 8) if dim_2 * keys.element_size() <= 256 else (64, 4)
+    return norms, {"DIM_2": dim_2, "ROWS": block, "KEYS": block, "num_warps": warps, "num_stages": 2}
+
+
+def newest_similar_fused(keys: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kvcache.policies.rkv.newest_similar`.
+
+    bf16 and fp16 keys are multiplied as they are, float32 ones as three TF32 products (float32 but for the last bits);
+    sums are float32.
+
+    Raises:
+        ValueError: see `key_shape`.
+    """
+    heads, n, dim = keys.shape
+    norms, shape = key_shape(keys)
     places = torch.empty(heads, n, dtype=torch.int32, device=keys.device)
     cosines = torch.empty(heads, n, device=keys.device)
-    _newest[(triton.cdiv(n, rows), heads)](
+    _newest[(triton.cdiv(n, shape["ROWS"]), heads)](
         keys, norms, places, cosines, n, keys.stride(0), keys.stride(1), threshold,
-        DIM=dim, DIM_2=dim_2, ROWS=rows, KEYS=step, STEPS=_STEPS, num_warps=8 if small else 4, num_stages=3,
+        DIM=dim, STEPS=_STEPS, **shape,
     )  # fmt: skip
     return places.long(), cosines
 

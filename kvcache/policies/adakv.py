@@ -11,6 +11,11 @@ class AdaKV(SnapKV):
 
     Heads that look everywhere get more than heads that look at a few places. Each head has its own length here, and the
     memory is really freed (other implementations mask dropped tokens instead).
+
+    Formula:
+        score_j as in snapkv
+        each head is sure of floor * tokens(l); a layer's other tokens go to the highest scores left in all its heads
+        tokens(head) = floor * tokens(l) + how many of those are the head's
     """
 
     name = "adakv"

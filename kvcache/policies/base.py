@@ -33,7 +33,11 @@ class PolicyArgs(Arguments):
     sinks: int = Field(
         4, ge=0, le=MOST_SINKS, description="First tokens of the prompt that always stay (attention sinks)."
     )
-    suffix: int = Field(0, ge=0, description="Last tokens of the prompt that its compaction neither sees nor drops.")
+    suffix: int = Field(
+        0,
+        ge=0,
+        description="Last tokens of the prompt that its compaction neither sees nor drops; the answer's keep them.",
+    )
     interval: int = Field(
         0, ge=0, description="Compact again after so many tokens of the answer, in whole pages; 0: never."
     )
@@ -172,23 +176,33 @@ class Policy(Method):
         """Where observation starts: tokens from here on must be computed, whatever the prefix cache has."""
         return min([prompt_len - 1, *(observer.first for observer in self.observers(0, prompt_len))])
 
+    @property
+    def question(self) -> int:
+        """Last tokens of the prompt that compactions of its answer keep: the suffix, which its own doesn't see."""
+        return self.args.suffix if getattr(self.args, "interval", 0) else 0
+
     def minimum_budget(self, page_size: int) -> int:
         """Smallest allowed budget in tokens at this page size."""
-        return minimum_budget(self.args.sinks, max(self.recent, self.query_window), page_size)
+        return minimum_budget(self.args.sinks + self.question, max(self.recent, self.query_window), page_size)
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
         """Sizes for one prompt, or None when nothing is to be dropped; a small ratio is raised to the minimum.
 
-        The suffix comes after the compaction: it reads what is left, as the answer does.
+        The suffix comes after the compaction: it reads what is left, as the answer does, and later compactions keep it.
         """
         seen = prompt_len - self.args.suffix
-        budget = max(self.args.budget.resolve(max(seen, 1)), self.minimum_budget(page_size))
+        question = min(self.question, prompt_len)
+        least = self.minimum_budget(page_size) - (self.question - question)
+        budget = max(self.args.budget.resolve(max(seen, 1)), least)
         interval = whole_pages(self.args.interval, page_size)
         if interval and seen <= budget:
             # The answer has to grow first: until the budget and an interval are full.
             seen = max(whole_pages(budget, page_size), whole_pages(prompt_len + 1, page_size)) + interval
         plan = plan_retention(seen, budget, page_size) if seen > budget else None
-        return replace(plan, pinned=self.args.sinks, interval=interval) if plan else None
+        if plan is None:
+            return None
+        stays = (prompt_len - question, prompt_len) if question else (0, 0)
+        return replace(plan, pinned=self.args.sinks, interval=interval, question=stays)
 
     def carry(self, evidence: LayerEvidence) -> torch.Tensor | None:
         """What to remember of each token until the next compaction: float32 [num_kv_heads, n], or None.

@@ -16,6 +16,11 @@ class CriticalKV(SnapKV):
     A first part of the budget (`first_stage`) goes to the highest votes; the rest to the highest `(vote + epsilon) *
     |value|`. The paper projects values by the layer's output matrix first; measurements quoted by its implementers
     put that at 0.5 to 1 point and `epsilon` at 1.5 to 2, and the plain L1 norm is what this policy uses.
+
+    Formula:
+        vote_j as snapkv's score
+        the `first_stage * budget` highest votes of a head:  score_j = 1 + vote_j / max(vote)
+        all others:  score_j = (vote_j + epsilon) |v_j|_1 / max((vote + epsilon) |v|_1);  maxima are the layer's
     """
 
     name = "criticalkv"

@@ -24,6 +24,12 @@ class D2O(H2O):
     `merge: paper` weighs by the exponentials of similarities, as the paper is remembered (not verified); `scatter` is
     the published code's mean; they differ. Keys are merged after RoPE, so a merged key's position is a mixture. The
     merged tokens are rounded to the cache's dtype; in an fp8 cache they are quantised with its scales.
+
+    Formula:
+        score_j as in h2o; u_i = max over kept j of cos(k_i, k_j) of a dropped token i, which goes to that j
+        it is merged if u_i >= threshold + mean of u over the layer's dropped tokens; sums are over the i merged into j:
+        merge "paper":   k_j <- (e k_j + sum exp(u_i) k_i) / (e + sum exp(u_i)), v_j alike
+        merge "scatter": k_j <- (k_j + sum u_i k_i) / (1 + number of i), v_j alike
     """
 
     name = "d2o"

@@ -21,6 +21,10 @@ class DuoAttention(Policy):
     (`--kv-head-gates FILE`; the published `full_attention_heads.tsv` or one made by `longreach head-gates`). There is
     no budget: pattern and prompt decide what is kept. Prefill runs dense (the paper's streaming heads skip attention
     there too), and answers are kept whole by all heads. Not with tensor parallelism yet.
+
+    Formula:
+        streaming head: gate = 0, or gate < the value below which `sparsity` of all gates lie
+        streaming heads keep tokens j < sinks and j >= n - recent, all others every j
     """
 
     name = "duoattention"

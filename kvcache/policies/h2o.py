@@ -23,6 +23,11 @@ class H2O(Policy):
     from the prefix cache. With an `interval`, the sums go on over the answer: the last `watch` queries of each interval
     add to them (the paper: every query, and a token is evicted at every step). A prompt within the budget is watched,
     and every token of its answer, until the first compaction.
+
+    Formula:
+        score_j = sum over all queries q_i of the prompt, i >= j, of the mean over query heads of softmax_j(q_i . k_j)
+        after each interval: score_j += the same sum over the interval's last `watch` queries
+        last tokens that stay = recent_share * tokens kept
     """
 
     name = "h2o"

@@ -14,6 +14,10 @@ class KeyDiff(Policy):
     """Keep the keys least similar to their head's mean direction: they are the ones that stand out.
 
     Needs keys alone, so it doesn't know the question. The anchor is the mean of the unit keys of the whole prompt.
+
+    Formula:
+        a = mean over j of k_j / |k_j|
+        score_j = -cos(k_j, a)
     """
 
     name = "keydiff"

@@ -15,6 +15,9 @@ class L2Norm(Policy):
     Needs no queries, so it is the cheapest scorer with any content. RoPE doesn't change norms. The paper's code
     has no recency guard and leaves the first layers whole in some runs; here `recent` tokens are forced (set 0 for
     the paper's rule) and every layer is compressed.
+
+    Formula:
+        score_j = -|k_j|
     """
 
     name = "l2norm"

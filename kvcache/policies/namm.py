@@ -20,6 +20,12 @@ class NAMM(Policy):
     decides every 512 tokens, here once, at the prompt's end (the features are updated every 512). Slow: the prompt's
     attention is computed a second time, in time that grows with the square of its length, and the prefix cache saves
     such a request nothing. The paper always keeps the newest token (`recent: 1`) and forces no sinks.
+
+    Formula:
+        a_j = column j of the attention, mean over query heads, 512 queries at a time
+        f_j <- 0.99 f_j + 0.01 |STFT(a_j)|, frame by frame (32 samples, hop 16, Hann)
+        x_j = (f_j, embedding of the age n - 1 - j)
+        score_j = w . (sum over i >= j of softmax_i(Q x_j . K x_i / sqrt(32)) V x_i) + b
     """
 
     name = "namm"

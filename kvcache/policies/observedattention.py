@@ -18,6 +18,9 @@ class ObservedAttention(Policy):
 
     Sums take a second pass over all queries and keys, which grows with the square of the prompt, and no prompt starts
     from the prefix cache.
+
+    Formula:
+        score_j = s_j / (n - j), s_j as h2o's score, j = 0 ... n - 1
     """
 
     name = "observedattention"

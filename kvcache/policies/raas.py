@@ -18,6 +18,12 @@ class RaaS(Policy):
     answer's, beside the whole prompt. The paper estimates a page's attention from representative keys at every step and
     evicts at every step; here it is the exact attention of the last `window` queries of each interval (with `window` as
     large as `interval`, of every query), by KV head. The scope of decisions is not verified (no code was read).
+
+    Formula:
+        p_i,j = mean over query heads of softmax_j(q_i . k_j), i among the last `window` queries of each interval
+        page P = tokens j with j // page = P; query i looks at P if the sum of p_i,j over P > alpha
+        t_P = max(newest token of P, the last i that looked at P)
+        score_j = rank of t_P of its page, of equal ones the older token first; the prompt's tokens stay
     """
 
     name = "raas"
@@ -39,6 +45,11 @@ class RaaS(Policy):
     @property
     def recent(self) -> int:
         return self.args.window
+
+    @property
+    def question(self) -> int:
+        """None beside the prompt, which stays whole."""
+        return 0
 
     def plan(self, prompt_len: int, page_size: int) -> RetentionPlan | None:
         """The prompt and the budget in whole pages; the first compaction comes when an interval more is there."""

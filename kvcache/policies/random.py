@@ -13,6 +13,9 @@ class Random(Policy):
     """Keep random tokens, each KV head its own; a control, not for use.
 
     The choice depends on `seed`, layer, heads and prompt length alone, so a request repeats exactly.
+
+    Formula:
+        score_j = uniform in 0 ... 1, by `seed`, layer, head and prompt length
     """
 
     name = "random"

@@ -28,6 +28,13 @@ class RKV(Policy):
     Written for long answers, which it compacts every `interval` tokens; a long prompt likewise. `mix` is the paper's
     0.1, the published code has 0.07; that code also spares the first token once for every key that is like no other,
     which this doesn't. The paper forces no sinks (`sinks: 0`).
+
+    Formula:
+        I_j = max pooling over `kernel` of the mean over the last `window` queries q of
+              softmax_j(max over query heads of q . k_j), j before the window
+        C_ij = cos(k_i, k_j); 0 for i = j, and in each row i for the newest j with C_ij > threshold
+        R_j = softmax_j(mean over i of C_ij)
+        score_j = mix * I_j - (1 - mix) * R_j
     """
 
     name = "rkv"

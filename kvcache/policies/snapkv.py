@@ -20,6 +20,11 @@ class SnapKV(Policy):
     found more passkeys than the mean. The window is inside the budget. Max pooling over 21 positions is wider than
     the paper's average over 5: on passkeys, whose digits are tokens of their own, narrow pooling kept parts of a key
     (docs/results.md).
+
+    Formula:
+        p_h,j = mean over the last `window` queries q of query head h of softmax_j(q . k_j)
+        score_j = group_reduce over h of pooling(p_h)_j, over `kernel` positions around j
+        group_stage "logits": score_j = pooling(mean over q of softmax_j(group_reduce over h of q_h . k_j))_j
     """
 
     name = "snapkv"

@@ -13,6 +13,9 @@ class StreamingLLM(Policy):
 
     Kept keys keep their original RoPE positions, as in kvpress; the paper's code re-numbers them inside the cache.
     The floor of every comparison: cheap, steady, and blind to what lies between.
+
+    Formula:
+        score_j = j
     """
 
     name = "streamingllm"

@@ -16,6 +16,9 @@ class TOVA(Policy):
     All heads of a layer keep the same tokens, as in the paper (with several GPUs, all heads of one GPU). The paper
     evicts one token at every step of the answer too; here the prompt is compressed once. The paper forces no sinks
     (`sinks: 0`): it finds them kept by themselves.
+
+    Formula:
+        score_j = mean over all query heads of the layer and the last `window` queries q of softmax_j(q . k_j)
     """
 
     name = "tova"

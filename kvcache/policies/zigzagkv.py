@@ -12,6 +12,11 @@ class ZigZagKV(SnapKV):
     How many tokens hold 90 % of a layer's attention is measured on the prompt itself, so budgets differ from request to
     request and are known when the last layer has been scored. Re-implemented from the paper's description: no code was
     released, and the share that every layer gets alike (`bound`) is not verified.
+
+    Formula:
+        score_j as in snapkv, p_h,j as there
+        LMBA(l) = mean over query heads h of the fewest j whose p_h,j sum to `mass` of all
+        tokens(l) = bound * budget + (1 - bound) * budget * layers * LMBA(l) / sum of LMBA
     """
 
     name = "zigzagkv"

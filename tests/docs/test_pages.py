@@ -9,7 +9,11 @@ from types import ModuleType
 
 import pytest
 
-from attention_plugins.decode.registry import selectors
+from attention_plugins.decode.registry import BUILT_IN as SELECTORS
+from kvcache.allocators.gates import GateHeads
+from kvcache.method import Method
+from kvcache.policies.base import Policy
+from kvcache.registry import BUILT_IN, HEADS, LAYERS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -30,10 +34,21 @@ def test_pages_are_current(build: ModuleType) -> None:
     assert written == build.pages()
 
 
-def test_every_selector_has_a_formula(build: ModuleType) -> None:
-    for selector in selectors().values():
-        idea, formula = build.parted(selector.describe()["description"])
-        assert idea and formula and "Formula:" not in idea + formula, selector.name
+@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values(), GateHeads], ids=lambda m: m.name)
+def test_every_method_has_a_short_formula(method: type[Method], build: ModuleType) -> None:
+    """On its page, apart from its description; an allocator's is on the page of all."""
+    told, pages = method.describe(), build.pages()
+    lines = told["formula"].splitlines()
+    assert 1 <= len(lines) <= 6 and lines[0] == lines[0].lstrip() and "Formula" not in told["description"]
+    page = pages[f"policies/{method.name if issubclass(method, Policy) else 'README'}.md"]
+    assert method is GateHeads or f"```text\n{told['formula']}\n```" in page
+    assert not issubclass(method, Policy) or page.count("## Formula") == 1
+
+
+@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values()], ids=lambda m: m.name)
+def test_formulas_name_arguments_that_there_are(method: type[Method]) -> None:
+    named = set(re.findall(r"`(\w+)", method.describe()["formula"]))
+    assert named <= set(method.Args.model_fields)
 
 
 @pytest.mark.parametrize("page", [*DOCS.rglob("*.md"), DOCS.parent / "README.md"], ids=lambda page: page.name)
@@ -41,3 +56,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: selector.name)
+def test_every_selector_has_a_formula(selector: type[Method], build: ModuleType) -> None:
+    formula = selector.describe()["formula"]
+    assert formula and f"```text\n{formula}\n```" in build.pages()[f"selectors/{selector.name}.md"]

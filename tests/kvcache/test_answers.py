@@ -30,6 +30,8 @@ ORDERS |= {
     "h2o, recent": words("h2o", BUDGET, interval=INTERVAL, recent_share=0.8, watch=30),
     "snapkv, suffix": words("snapkv", BUDGET, interval=STEP, suffix=21, window=STEP),
     "tova, suffix": words("tova", BUDGET, interval=INTERVAL, suffix=1, window=1),
+    "l2norm, long suffix": words("l2norm", 96, interval=INTERVAL, suffix=30, layers="pyramid"),
+    "h2o, long suffix": words("h2o", 96, interval=INTERVAL, suffix=39, recent_share=0.8),
 }
 
 
@@ -70,15 +72,16 @@ def test_it_is_compacted_at_each_boundary(request_: Growing, prompt_len: int) ->
     elif prompt_len > BUDGET:
         first = prompt_len - order.get("suffix", 0)
     else:  # the budget in whole pages, and an interval
-        first = 80 + STEP
+        first = -(-max(order["budget"], request_.policy.minimum_budget(PAGE)) // PAGE) * PAGE + STEP
     whole = first // PAGE * PAGE
     assert boundaries == [first, *range(whole + STEP, LENGTH, STEP)] and len(boundaries) > 1
 
 
 def test_kept_positions(request_: Growing) -> None:
-    """Unique, ascending, below the boundary; nothing comes back; what is forced stays."""
+    """Unique, ascending, below the boundary; nothing comes back; what is forced stays, a suffix of the prompt too."""
     plan, name = request_.plan, request_.order["policy"]
-    sinks = request_.cache.prompt_len if name == "raas" else SINKS
+    prompt, suffix = request_.cache.prompt_len, request_.order.get("suffix", 0)
+    sinks = prompt if name == "raas" else SINKS
     there = [[set[int]() for _ in heads] for heads in request_.done[0].kept]
     end = 0
     for compaction in request_.done:
@@ -94,8 +97,9 @@ def test_kept_positions(request_: Growing) -> None:
                 window = request_.order.get("window", WINDOW)
                 recent = {"streamingllm": 0, "h2o": tokens // 2}.get(name, window)
                 if "recent_share" in request_.order:
-                    recent = min(int(0.8 * tokens + 1e-9), tokens - SINKS)
+                    recent = min(int(0.8 * tokens + 1e-9), tokens - SINKS - suffix)
                 assert {*range(sinks), *range(compaction.boundary - recent, below)} <= set(held)
+                assert {*range(prompt - suffix, min(prompt, below))} <= set(held)
         end = below
 
 

@@ -138,23 +138,37 @@ def test_prompts_over_at_and_under_the_budget(prompt_len: int, first: int | None
 
 @pytest.mark.parametrize(("suffix", "seen"), [(0, 300), (1, 299), (100, 200), (199, 101)])
 def test_a_suffix_comes_after_the_compaction(suffix: int, seen: int) -> None:
-    for interval in (0, 64):
-        plan = plan_of(300, budget=100, suffix=suffix, interval=interval)
-        assert plan is not None and plan.prompt_len == seen
-        assert plan.kept_pages == (100 - seen % PAGE) // PAGE
+    plan = plan_of(300, budget=100, suffix=suffix)
+    assert plan is not None and (plan.prompt_len, plan.question) == (seen, (0, 0))
+    assert plan.kept_pages == (100 - seen % PAGE) // PAGE
+
+
+@pytest.mark.parametrize(
+    ("suffix", "budget", "seen"), [(1, 100, 299), (49, 100, 251), (50, 101, 250), (100, 151, 200), (149, 200, 368)]
+)
+def test_compactions_of_the_answer_have_room_for_the_suffix(suffix: int, budget: int, seen: int) -> None:
+    """Beside 3 sinks, a page and two pages; a budget that is too small for that is as good as raised."""
+    plan = plan_of(300, budget=100, suffix=suffix, interval=64)
+    if seen == 368:  # 151 tokens and the suffix: there is nothing to drop before the answer has grown
+        assert plan == RetentionPlan(304 + 64, PAGE, 200 // PAGE, pinned=3, interval=64, question=(151, 300))
+        return
+    assert plan is not None and (plan.prompt_len, plan.question) == (seen, (300 - suffix, 300))
+    assert plan.kept_pages == (budget - seen % PAGE) // PAGE
+    assert plan.min_pages(5) == -(-(3 + suffix + 5) // PAGE)
 
 
 @pytest.mark.parametrize("suffix", [200, 201, 299, 300, 301, 10**9])
 def test_a_suffix_that_leaves_no_more_than_the_budget(suffix: int) -> None:
-    """Nothing to compact; with an interval the answer has to grow behind the whole prompt: 304 tokens, and 64."""
+    """Nothing to compact; with an interval the answer has to grow behind the whole prompt, the suffix in it."""
     assert plan_of(300, budget=100, suffix=suffix) is None
-    plan = plan_of(300, budget=100, suffix=suffix, interval=64)
-    assert plan == RetentionPlan(304 + 64, PAGE, 6, pinned=3, interval=64)
+    plan, held = plan_of(300, budget=100, suffix=suffix, interval=64), min(suffix, 300)
+    seen = max(304, -(-(51 + held) // PAGE) * PAGE) + 64
+    assert plan == RetentionPlan(seen, PAGE, (51 + held) // PAGE, pinned=3, interval=64, question=(300 - held, 300))
 
 
 @pytest.mark.parametrize("prompt_len", [303, 304, 305])
 def test_an_answer_has_an_interval_behind_the_page_that_its_first_token_is_in(prompt_len: int) -> None:
-    plan = plan_of(prompt_len, budget=100, suffix=prompt_len, interval=32)
+    plan = plan_of(prompt_len, budget=prompt_len, interval=32)
     assert plan is not None and plan.prompt_len == (304 if prompt_len == 303 else 320) + 32
 
 
@@ -177,11 +191,11 @@ def test_budgets_that_are_shares(prompt_len: int, suffix: int, budget: str, seen
 
 @pytest.mark.parametrize(
     ("prompt_len", "suffix", "budget", "seen", "kept"),
-    [(1000, 0, "100%", 1008 + 32, 1000 // 16), (1000, 999, "50%", 1008 + 32, 51 // 16), (40, 0, "50%", 64 + 32, 3)],
+    [(1000, 0, "100%", 1008 + 32, 1000 // 16), (1000, 1, "50%", 999, (500 - 7) // 16), (40, 0, "50%", 64 + 32, 3)],
 )
 def test_shares_of_prompts_that_have_to_grow(prompt_len: int, suffix: int, budget: str, seen: int, kept: int) -> None:
     assert plan_of(prompt_len, budget=budget, suffix=suffix, interval=32) == RetentionPlan(
-        seen, PAGE, kept, pinned=3, interval=32
+        seen, PAGE, kept, pinned=3, interval=32, question=(prompt_len - suffix, prompt_len) if suffix else (0, 0)
     )
 
 

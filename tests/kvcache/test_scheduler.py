@@ -66,7 +66,7 @@ WORDS = {"policy": "streamingllm", "budget": 100, "interval": 64, "suffix": 20}
 def test_a_plan_is_the_policys() -> None:
     scheduler = Alone()
     scheduler.plan(WORDS)
-    plan = RetentionPlan(280, PAGE, 5, pinned=4, interval=64)
+    plan = RetentionPlan(280, PAGE, 5, pinned=4, interval=64, question=(280, 300))
     assert scheduler.planned == {"r": (plan, 300)}
     assert scheduler.compressions["r"].plan == plan and scheduler.compressions["r"].reason is None
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.selection import among_top, force, keep_top
+from kvcache.selection import among_top, force, keep_top, left_over
 from tests.device import DEVICE
 
 quick = settings(deadline=None, derandomize=True, max_examples=300)
@@ -111,6 +111,17 @@ def test_a_count_for_all_rows_keeps_the_same(problem: tuple[list[list[float]], l
     assert chosen.shape == (len(scores), len(scores[0])) and chosen.dtype == torch.bool
     for row, values in zip(chosen.tolist(), scores, strict=True):
         assert [position for position, kept in enumerate(row) if kept] == top(values, counts[0])
+
+
+@quick
+@given(problems())
+def test_what_is_left_over_is_all_else(problem: tuple[list[list[float]], list[int]]) -> None:
+    scores, counts = problem
+    n, most = len(scores[0]), len(scores[0]) - min(counts)
+    kept = keep_top(torch.tensor(scores, device=DEVICE), torch.tensor(counts))
+    for row, other in zip(kept.tolist(), left_over(kept, n, most).tolist(), strict=True):
+        expected = [position for position in range(n) if position not in row]
+        assert other == expected + [n] * (most - len(expected))
 
 
 @pytest.mark.parametrize("counts", [[6, 1], [1, 6], [-1, 1], [2, -1]])

@@ -46,6 +46,16 @@ def test_larger_windows_need_larger_budgets() -> None:
         desk.check({"policy": "snapkv", "budget": 100, "window": 64, "sinks": 36})
 
 
+def test_a_suffix_needs_room_where_answers_are_compacted() -> None:
+    desk = PolicyDesk({"policy": "none"}, 16)
+    assert desk.check({"policy": "snapkv", "budget": 100, "suffix": 5000})["interval"] == 0
+    assert desk.check({"policy": "snapkv", "budget": 118, "suffix": 50, "interval": 64})
+    with pytest.raises(PolicyError, match=r">= 118 tokens \(sinks, recent window, the suffix, which") as caught:
+        desk.check({"policy": "snapkv", "budget": 117, "suffix": 50, "interval": 64})
+    assert caught.value.field == "kv_cache.budget"
+    assert desk.check({"policy": "raas", "budget": 64, "suffix": 5000}), "the whole prompt stays anyway"
+
+
 def test_small_shares_are_taken_since_prompts_differ() -> None:
     assert PolicyDesk({"policy": "none"}, 128).check({"policy": "snapkv", "budget": "0.1%"})["budget"] == "0.1%"
 

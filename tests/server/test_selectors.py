@@ -130,8 +130,6 @@ def held(selector: type[Selector], num_pages: int) -> int:
 
 @pytest.mark.parametrize("selector", BUILT_IN, ids=lambda each: each.name)
 def test_selectors_say_truly_whether_they_hold_something_for_each_page(selector: type[Selector]) -> None:
-    """And so whether servers that were told nothing have them."""
     holds = held(selector, 200) > held(selector, 100)
     assert selector.keeps_metadata is holds
-    assert selector.by_default() is (not holds and not selector.needs_calibration)
     assert selector.describe().items() >= {"keeps_metadata": holds, "keeps_state": selector.keeps_state}.items()
