@@ -35,6 +35,22 @@ def random_llama() -> str:
     return folder
 
 
+def random_model(head_size: int) -> str:
+    """Folder with a small Llama whose random weights are large enough for answers to depend on everything."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=head_size, max_position_embeddings=8192, initializer_range=0.1,
+        tie_word_embeddings=False, dtype=torch.bfloat16, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tempfile.mkdtemp()
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
     """vLLM's `LLM`, with our worker, scheduler and attention backend or as it is."""
     from vllm import LLM

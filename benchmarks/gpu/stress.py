@@ -1,7 +1,7 @@
 """Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
 every answer has to be what the request gets alone.
 
-VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER [--requests 256] [--blocks 2600] [--alone 128]
+VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600] [--alone 128]
     [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
 
 With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.engine import FEW_GRAPHS, build, say
+from benchmarks.gpu.engine import FEW_GRAPHS, build, random_model, say
 from kvcache.usage import CompressionTotals
 
 POLICIES: list[dict[str, Any]] = [
@@ -164,7 +164,7 @@ def main() -> None:
     from vllm import envs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", help="a folder, or random:HEAD_SIZE for random weights")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=2600)
     parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
@@ -174,12 +174,15 @@ def main() -> None:
     parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
     parser.add_argument("--whole-prompts", action="store_true", help="no prompt is computed in chunks")
     args = parser.parse_args()
+    random_weights, _, head_size = args.model.partition(":")
+    model = random_model(int(head_size)) if random_weights == "random" and head_size else args.model
     llm = build(
-        args.model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.3,
+        model, compress=not args.stock, max_model_len=8192, gpu_memory_utilization=0.3,
         max_num_batched_tokens=8192 if args.whole_prompts else 2048, max_num_seqs=256,
         num_gpu_blocks_override=args.blocks, kv_cache_memory_bytes=2 << 30,
         enable_chunked_prefill=not args.whole_prompts, enable_prefix_caching=args.prefix_cache,
         attention_config={"flash_attn_version": args.flash_attention}, compilation_config=FEW_GRAPHS,
+        skip_tokenizer_init=model != args.model,
     )  # fmt: skip
     say(batch_invariant=envs.VLLM_BATCH_INVARIANT, plain=args.plain, flash_attention=args.flash_attention,
         prefix_cache=args.prefix_cache, whole_prompts=args.whole_prompts, **classes(llm))  # fmt: skip
