@@ -1,8 +1,8 @@
 """Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
 every answer has to be what the request gets alone.
 
-VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600] [--alone 128]
-    [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
+VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600]
+    [--alone 128] [--selectors] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
 
 With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
 
@@ -32,6 +32,15 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "streamingllm", "budget": 128},
     {"policy": "random", "budget": 200},
 ]
+SELECTORS: list[dict[str, Any]] = [
+    {"selector": "recycled", "stride": 8},
+    {"selector": "quest"},
+    {"selector": "tidal"},
+    {"selector": "lessismore"},
+    {"selector": "recycled", "stride": 64, "similarity": 0.8},
+]
+WHOLE_CACHES = ("tidal", "lessismore")
+"""Selectors that go with no policy."""
 
 
 @dataclass
@@ -44,6 +53,7 @@ class Job:
     answer: tuple[int, ...] = ()
     compacted: bool = False
     preemptions: int = 0
+    selector: dict[str, Any] | None = None
 
 
 def make_jobs(number: int, vocabulary: int) -> list[Job]:
@@ -59,6 +69,14 @@ def make_jobs(number: int, vocabulary: int) -> list[Job]:
         abort = choose.randrange(1, 40) if i % 5 == 4 else None
         jobs.append(Job(f"r{i}", prompt, POLICIES[i % len(POLICIES)], choose.randrange(40, 200), abort))
     return jobs
+
+
+def give_selectors(jobs: list[Job]) -> None:
+    """To three of four, in place."""
+    for i, job in enumerate(jobs):
+        words = SELECTORS[i // 4 % len(SELECTORS)]
+        if i % 4 and (job.words["policy"] == "none" or words["selector"] not in WHOLE_CACHES):
+            job.selector = {"tokens": 128, "min_context": 0, **words}
 
 
 class Invariants:
@@ -94,8 +112,9 @@ def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
 
     engine, by_name = llm.llm_engine, {job.name: job for job in jobs}
     for job in jobs:
+        extra = {"kv_cache": job.words, **({"decode_attention": job.selector} if job.selector else {})}
         params = SamplingParams(
-            max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args={"kv_cache": job.words}
+            max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra
         )
         engine.add_request(job.name, {"prompt_token_ids": job.prompt}, params)
     while engine.has_unfinished_requests():
@@ -128,7 +147,7 @@ def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> No
         blocks_leaked=invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks())  # fmt: skip
     different, compacted = [], 0
     for job in jobs[:alone]:
-        again = Job(job.name, job.prompt, job.words, job.tokens, None)
+        again = Job(job.name, job.prompt, job.words, job.tokens, None, selector=job.selector)
         llm.reset_prefix_cache()
         run(llm, [again], invariants)
         compacted += again.compacted
@@ -145,7 +164,7 @@ def difference(job: Job, alone: Job) -> dict[str, Any]:
     pairs = enumerate(zip(job.answer, alone.answer, strict=False))
     first = next((i for i, (one, other) in pairs if one != other), len(alone.answer))
     return {
-        "name": job.name, "policy": job.words["policy"], "prompt": len(job.prompt), "compacted": alone.compacted,
+        "name": job.name, "policy": job.words["policy"], "selector": (job.selector or {}).get("selector"), "prompt": len(job.prompt), "compacted": alone.compacted,
         "preemptions": job.preemptions, "token": first,
     }  # fmt: skip
 
@@ -169,6 +188,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2600)
     parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
     parser.add_argument("--plain", action="store_true", help="no policies")
+    parser.add_argument("--selectors", action="store_true", help="most requests have a selector, too")
     parser.add_argument("--stock", action="store_true", help="vLLM as it is")
     parser.add_argument("--flash-attention", type=int, choices=(2, 3), help="version; vLLM chooses 3 on Hopper")
     parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
@@ -183,6 +203,7 @@ def main() -> None:
         enable_chunked_prefill=not args.whole_prompts, enable_prefix_caching=args.prefix_cache,
         attention_config={"flash_attn_version": args.flash_attention}, compilation_config=FEW_GRAPHS,
         skip_tokenizer_init=model != args.model,
+        **({"decode": {"selectors": sorted({words["selector"] for words in SELECTORS})}} if args.selectors else {}),
     )  # fmt: skip
     say(batch_invariant=envs.VLLM_BATCH_INVARIANT, plain=args.plain, flash_attention=args.flash_attention,
         prefix_cache=args.prefix_cache, whole_prompts=args.whole_prompts, **classes(llm))  # fmt: skip
@@ -190,6 +211,8 @@ def main() -> None:
     if args.plain or args.stock:
         for job in jobs:
             job.words = {"policy": "none"}
+    if args.selectors:
+        give_selectors(jobs)
     compare(llm, jobs, Invariants(llm.llm_engine), args.alone)
 
 
