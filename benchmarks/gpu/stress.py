@@ -164,7 +164,8 @@ def difference(job: Job, alone: Job) -> dict[str, Any]:
     pairs = enumerate(zip(job.answer, alone.answer, strict=False))
     first = next((i for i, (one, other) in pairs if one != other), len(alone.answer))
     return {
-        "name": job.name, "policy": job.words["policy"], "selector": (job.selector or {}).get("selector"), "prompt": len(job.prompt), "compacted": alone.compacted,
+        "name": job.name, "policy": job.words["policy"], "selector": (job.selector or {}).get("selector"),
+        "prompt": len(job.prompt), "compacted": alone.compacted,
         "preemptions": job.preemptions, "token": first,
     }  # fmt: skip
 
