@@ -17,7 +17,7 @@ from server.selectors import needs_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
-QUALITY, COST = "2026-11-22-quality-table-4000-h100.json", "2026-11-22-cuda-h100-third.json"
+QUALITY, COST = "2026-11-22-quality-table-4000-h100.json", "2026-11-22-cuda-h100-fourth.json"
 """What the pages quote; the files say how it was measured."""
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -59,7 +59,7 @@ def measured() -> dict[str, dict[str, Any]]:
     for run in json.loads((RESULTS / COST).read_text(encoding="utf-8"))["runs"]:
         for row in run["rows"]:
             if row.get("prompt") == 32768 and "compaction_ms" in row:
-                found[row["policy"]]["cost"] = row
+                found.setdefault(row["policy"], {"scores": [], "cost": None})["cost"] = row
     return found
 
 
@@ -79,7 +79,8 @@ def _policies(jinja: Environment) -> dict[str, str]:
     found = {"policies/README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
     page = jinja.get_template("policy.md.jinja")
     told = measured()
-    files = {"quality_file": QUALITY, "cost_file": COST}
+    documents = json.loads((RESULTS / QUALITY).read_text(encoding="utf-8"))["settings"]["documents"]
+    files = {"quality_file": QUALITY, "cost_file": COST, "documents": documents}
     return found | {
         f"policies/{policy['name']}.md": page.render(policy=policy, measured=told.get(policy["name"]), **files)
         for policy in policies

@@ -1,12 +1,15 @@
-"""Pictures of a results file: of its `benchmarks.gpu.arrivals` runs if it has any, else of `benchmarks.gpu.claims`.
+"""Pictures of results files: of their `benchmarks.gpu.arrivals` runs if there are any, else of `benchmarks.gpu.claims`.
 
-python -m benchmarks.gpu.plot benchmarks/results/DATE-cuda-h100.json docs/images/cuda-h100.png
+python -m benchmarks.gpu.plot benchmarks/results/DATE-cuda-h100.json [LATER.json ...] docs/images/cuda-h100.png
+
+Of a configuration's rates that several files have, the last file's count.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,9 @@ def configurations(results: dict[str, Any], script: str) -> Rows:
     return found
 
 
-def main(source: Path, target: Path) -> None:
-    results = json.loads(source.read_text())
+def main(sources: Sequence[Path], target: Path) -> None:
+    files = [json.loads(source.read_text()) for source in sources]
+    results = files[-1] | {"runs": [run for file in files for run in file["runs"]]}
     if runs := configurations(results, "arrivals"):
         figure = draw_arrivals(runs)
     else:
@@ -64,12 +68,11 @@ def draw_arrivals(runs: Rows) -> Any:
         panel.set_xlabel("requests that arrive a second", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     for kind, marker in zip(LABELS, "osD^", strict=True):
-        rows = sorted(
-            (row for row in runs.get(kind, ()) if "rate" in row and "so_far" not in row), key=lambda row: row["rate"]
-        )
-        if not rows:
+        by_rate = {row["rate"]: row for row in runs.get(kind, ()) if "rate" in row and "so_far" not in row}
+        if not by_rate:
             continue
-        rates = [row["rate"] for row in rows]
+        rates = sorted(by_rate)
+        rows = [by_rate[rate] for rate in rates]
         values = (
             [row["goodput_s"] for row in rows],
             [row["ttft_s"]["50"] for row in rows],
@@ -120,4 +123,4 @@ def draw_claims(runs: Rows) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(source) for source in sys.argv[1:-1]], Path(sys.argv[-1]))
