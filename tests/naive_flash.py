@@ -38,13 +38,17 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """q [tokens, heads, d], k and v [kv_heads, n, d], seen bool [kv_heads, tokens, n] -> float32 [tokens, heads, d]."""
-    group = q.shape[1] // k.shape[0]
-    k, v, seen = (tensor.repeat_interleave(group, 0) for tensor in (k.float(), v.float(), seen))
+    weights = logits_of(q, k, seen, scale, softcap).softmax(-1)
+    return (weights @ v.float().repeat_interleave(q.shape[1] // k.shape[0], 0)).transpose(0, 1)
+
+
+def logits_of(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """As `attention` takes them -> float32 [heads, tokens, n]."""
+    k, seen = (tensor.repeat_interleave(q.shape[1] // k.shape[0], 0) for tensor in (k.float(), seen))
     logits = q.float().transpose(0, 1) @ k.transpose(1, 2) * scale
     if softcap:
         logits = softcap * (logits / softcap).tanh()
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ v).transpose(0, 1)
+    return logits.masked_fill(~seen, float("-inf"))
 
 
 def flash_attn_varlen_func(
@@ -66,18 +70,21 @@ def flash_attn_varlen_func(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
-) -> torch.Tensor:
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """What vLLM's builds 2 and 3 of the kernel compute and insist on, as far as the adapter uses it.
 
     q [tokens, heads, d]; k and v [pages, page_size, kv_heads, d], of any strides; block_table [sequences, width].
-    Like the kernel, it writes nothing behind the last sequence's queries, and zeros where there is no key.
+    Like the kernel, it writes nothing behind the last sequence's queries, and zeros where there is no key. Log
+    denominators come head by head, [heads, tokens]: minus infinity (build 3) or infinity (build 2) where there is none.
     """
     sequences, page_size, kv_heads = len(cu_seqlens_q) - 1, k.shape[1], k.shape[2]
     fp8 = q.dtype == torch.float8_e4m3fn
     descales = (q_descale, k_descale, v_descale)
     if fa_version == 2 and num_splits > 1:
         raise NotImplementedError("FA2 does not support num_splits > 1")
-    assert causal and (fa_version == 3 if fp8 else fa_version in (2, 3))
+    assert causal or max_seqlen_q == 1, "only a single query may say that it sees all"
+    assert fa_version == 3 if fp8 else fa_version in (2, 3)
     assert q.dtype == k.dtype == v.dtype and k.stride(-1) == v.stride(-1) == 1
     for tensor, shape in ((cu_seqlens_q, [sequences + 1]), (seqused_k, [sequences])):
         assert tensor.dtype == torch.int32 and tensor.is_contiguous() and list(tensor.shape) == shape
@@ -90,6 +97,7 @@ def flash_attn_varlen_func(
     dtype = torch.bfloat16 if fp8 else q.dtype
     out = torch.empty(q.shape, dtype=dtype) if out is None else out
     assert out.dtype == dtype and out.shape == q.shape
+    lse = torch.full((q.shape[1], len(q)), float("-inf") if fa_version == 3 else float("inf"))
 
     starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert starts[0] == 0 and starts[-1] <= len(q)
@@ -108,4 +116,5 @@ def flash_attn_varlen_func(
         seen = torch.arange(length) <= torch.arange(length - (last - first), length)[:, None]
         seen = seen.expand(kv_heads, -1, -1)
         out[first:last] = attention(queries, keys * of_k, values * of_v, seen, softmax_scale, softcap).to(dtype)
-    return out
+        lse[:, first:last] = logits_of(queries, keys * of_k, seen, softmax_scale, softcap).logsumexp(-1)
+    return (out, lse) if return_softmax_lse else out

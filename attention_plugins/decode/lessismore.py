@@ -71,7 +71,7 @@ class LessIsMoreReader(TidalReader):
     @classmethod
     def nbytes(cls, place: Place) -> int:
         lists = 4 * place.rows * place.geometry.num_kv_heads * (place.tokens + 1)
-        return super().nbytes(place) + lists + 8 * (place.capacity + 1)
+        return super().nbytes(place) + lists + 8 * (place.capacity + 1 + place.tokens // RECENT + SINKS)
 
     def select(self, rows: DecodeRows, cache: LayerCache) -> None:
         n, scores, device = len(rows), self.buffers.scores, self.place.device

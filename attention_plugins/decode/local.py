@@ -43,9 +43,7 @@ class LocalOrGlobalReader(Reader):
         shape = place.states, g.num_layers, g.num_kv_heads, g.head_dim
         self.mean = torch.zeros(shape, device=place.device)
         self.covariance = torch.zeros(*shape, g.head_dim, device=place.device)
-        # Of the near tokens: first pages and last ones, in pages.
-        self.first = -(-SINKS // g.page_size)
-        self.most = self.first + -(-place.tokens // g.page_size) + 1
+        self.first, self.most = self._near_pages(place)
         sequences = place.rows * g.num_kv_heads
         self.near = torch.zeros(sequences, self.most, dtype=torch.int32, device=place.device)
 
@@ -53,7 +51,14 @@ class LocalOrGlobalReader(Reader):
     def nbytes(cls, place: Place) -> int:
         g = place.geometry
         moments = place.states * g.num_layers * g.num_kv_heads * 4 * g.head_dim * (1 + g.head_dim)
-        return moments + 4 * place.rows * g.num_kv_heads * (-(-place.tokens // g.page_size) + SINKS)
+        return moments + 4 * place.rows * g.num_kv_heads * cls._near_pages(place)[1]
+
+    @staticmethod
+    def _near_pages(place: Place) -> tuple[int, int]:
+        """Pages of the first tokens, and of all near ones where they are most."""
+        size = place.geometry.page_size
+        first = -(-SINKS // size)
+        return first, first + -(-place.tokens // size) + 1
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         for cache in caches:

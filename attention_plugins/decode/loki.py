@@ -31,9 +31,10 @@ class LokiReader(Reader):
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
-        labels = (place.num_pages * place.geometry.page_size + 1) * place.calibration[BASIS].shape[-1]
+        basis = place.calibration[BASIS]
+        labels = (place.num_pages * place.geometry.page_size + 1) * basis.shape[-1]
         lists = 4 * place.rows * (place.geometry.num_kv_heads * (place.tokens + 1) + 1)
-        return labels * place.dtype.itemsize + lists
+        return (labels + basis.numel()) * place.dtype.itemsize + lists
 
     def whole(self, modes: Mode) -> bool:
         return bool(modes & Mode.DENSE)

@@ -33,6 +33,11 @@ def read_calibration(settings: DecodeSettings, num_kv_heads: int) -> dict[str, t
     return found
 
 
+def _capacity(num_blocks: int, page_size: int, max_model_len: int) -> int:
+    """What the scheduler hands out, and a page that nobody has."""
+    return score_capacity(num_blocks, page_size, max_model_len) + page_size
+
+
 def place_for(
     settings: DecodeSettings,
     geometry: PageGeometry,
@@ -63,7 +68,7 @@ def place_for(
         rows=rows,
         states=settings.states + 1,  # one that nobody has
         width=-(-max_model_len // geometry.page_size) + 1,
-        capacity=score_capacity(num_blocks, geometry.page_size, max_model_len) + geometry.page_size,
+        capacity=_capacity(num_blocks, geometry.page_size, max_model_len),
         calibration=calibration,
     )
 
@@ -90,11 +95,10 @@ def blocks_beside_readers(settings: DecodeSettings, place: Place, available: int
         place: for any number of blocks.
         available: bytes for both.
     """
-    by_block = place.geometry.num_layers * place.geometry.num_kv_heads
+    size, by_block = place.geometry.page_size, place.geometry.num_layers * place.geometry.num_kv_heads
 
     def needed(blocks: int) -> int:
-        longest = place.width * place.geometry.page_size
-        capacity = score_capacity(blocks, place.geometry.page_size, longest)
+        capacity = _capacity(blocks, size, (place.width - 1) * size)
         return readers_bytes(settings, replace(place, num_pages=blocks * by_block, capacity=capacity))
 
     low, high = 0, available // block_bytes

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, set_runtime
-from attention_plugins.vllm_adapter.selection import Selecting
+from attention_plugins.vllm_adapter.selection import Selecting, Selection
 from kvcache.compressor import Compressor
 from kvcache.evidence import QuantScales
 from kvcache.orders import Compact, Start
@@ -109,7 +109,7 @@ class Step:
 class Graph:
     """A FULL graph of `size` rows, captured with this metadata and these tensors."""
 
-    kind: BatchKind
+    kind: BatchKind | Selection
     size: int
     metadata: Any
     queries: list[torch.Tensor]
@@ -243,6 +243,20 @@ class World:
 
     # Steps
 
+    def _order(self, orders: StepOrders, request: Request, num_tokens: int) -> list[int]:
+        """What the scheduler orders for a request's step, and the blocks that are free behind it."""
+        sources: list[int] = []
+        if request.kept_pages is not None and not request.computed:
+            orders.start.append(Start(request.name, request.policy, request.plan))
+        elif request.kept_pages is not None and request.computed >= request.prompt_len and not request.compacted:
+            request.targets = [self.free.pop() for _ in range(request.kept_pages)]
+            orders.compact.append(Compact(request.name, list(request.blocks), request.targets, request.prompt_len))
+            sources = request.blocks[: request.plan.full_pages]
+            request.compacted = True
+            request.blocks[: request.plan.full_pages] = [NULL] * request.plan.full_pages
+        self._allocate(request, request.computed + num_tokens)
+        return sources
+
     @contextmanager
     def step(
         self, scheduled: Mapping[str, int], *, finished: Iterable[str] = (), preempted: Iterable[str] = ()
@@ -255,18 +269,8 @@ class World:
         for name in finished:
             self.names.pop(self.requests.pop(name).index)
         orders, sources = StepOrders(), []
-        for name in scheduled:
-            request = self.requests[name]
-            if request.kept_pages is None:
-                continue
-            if not request.computed:
-                orders.start.append(Start(name, request.policy, request.plan))
-            elif request.computed >= request.prompt_len and not request.compacted:
-                request.targets = [self.free.pop() for _ in range(request.kept_pages)]
-                orders.compact.append(Compact(name, list(request.blocks), request.targets, request.prompt_len))
-                sources += request.blocks[: request.plan.full_pages]
-                request.compacted = True
-                request.blocks[: request.plan.full_pages] = [NULL] * request.plan.full_pages
+        for name, num_tokens in scheduled.items():
+            sources += self._order(orders, self.requests[name], num_tokens)
         output = SimpleNamespace(
             finished_req_ids=set(finished),
             preempted_req_ids=set(preempted) or None,
@@ -283,7 +287,6 @@ class World:
         for name, num_tokens in scheduled.items():
             request = self.requests[name]
             first, last = request.computed, request.computed + num_tokens
-            self._allocate(request, last)
             for position in range(first, last):
                 content = torch.cat([request.keys[:, :, position], request.values[:, :, position]], dim=-1)
                 cache = self.cache[:, request.blocks[position // PAGE], :, position % PAGE]
@@ -328,18 +331,22 @@ class World:
     def run(self, scheduled: Mapping[str, int], *, padding: int = 0, **others: Any) -> Step:
         """A step outside FULL graphs; `padding`: tokens behind the batch, as of a piecewise graph."""
         with self.step(scheduled, **others) as rows:
-            metadata = self.builder.build(0, self.common(rows))
-            outputs, dense = [], []
-            for layer in self.layers:
-                queries = torch.cat([request.queries[layer.index, first:last] for request, first, last in rows])
-                queries = torch.cat([queries, torch.ones(padding, *queries.shape[1:]).to(queries.dtype)])
-                # As vLLM passes them without torch.compile: a part of a wider projection.
-                queries = torch.cat([queries, queries], 1)[:, : self.num_heads]
-                outputs.append(self._forward(layer, queries, metadata))
-                dense.append(self.dense_written[layer.index])
+            return self.ran(rows, padding)
+
+    def ran(self, rows: list[tuple[Request, int, int]], padding: int = 0) -> Step:
+        """A step that has begun, outside FULL graphs."""
+        metadata = self.builder.build(0, self.common(rows))
+        outputs, dense = [], []
+        for layer in self.layers:
+            queries = torch.cat([request.queries[layer.index, first:last] for request, first, last in rows])
+            queries = torch.cat([queries, torch.ones(padding, *queries.shape[1:]).to(queries.dtype)])
+            # As vLLM passes them without torch.compile: a part of a wider projection.
+            queries = torch.cat([queries, queries], 1)[:, : self.num_heads]
+            outputs.append(self._forward(layer, queries, metadata))
+            dense.append(self.dense_written[layer.index])
         return Step(rows, metadata, outputs, dense)
 
-    def capture(self, kind: BatchKind, size: int) -> Graph:
+    def capture(self, kind: BatchKind | Selection, size: int) -> Graph:
         """Capture a FULL graph, as vLLM does with rows of one token each and an empty block table."""
         self.seq_lens[:size] = 1
         self.block_table.fill_(NULL)
@@ -367,15 +374,20 @@ class World:
     def replay(self, graph: Graph, names: Iterable[str], **others: Any) -> Step:
         """A step of one token for each request, by a FULL graph."""
         with self.step(dict.fromkeys(names, 1), **others) as rows:
-            self.runtime.graph = graph.kind
-            self.builder.build(0, self.common(rows, graph.size))
-            outputs, dense = [], []
-            for layer, queries, output in zip(self.layers, graph.queries, graph.outputs, strict=True):
-                for row, (request, first, last) in enumerate(rows):
-                    queries[row] = request.queries[layer.index, first:last]
-                self._forward(layer, queries, graph.metadata, output)
-                outputs.append(output.clone())
-                dense.append(self.dense_written[layer.index])
+            return self.replayed(graph, rows)
+
+    def replayed(self, graph: Graph, rows: list[tuple[Request, int, int]]) -> Step:
+        """What a FULL graph does in a step that has begun."""
+        assert self.runtime.wanted == graph.kind
+        self.runtime.graph = graph.kind
+        self.builder.build(0, self.common(rows, graph.size))
+        outputs, dense = [], []
+        for layer, queries, output in zip(self.layers, graph.queries, graph.outputs, strict=True):
+            for row, (request, first, last) in enumerate(rows):
+                queries[row] = request.queries[layer.index, first:last]
+            self._forward(layer, queries, graph.metadata, output)
+            outputs.append(output.clone())
+            dense.append(self.dense_written[layer.index])
         return Step(rows, graph.metadata, outputs, dense)
 
     def _forward(

@@ -12,9 +12,12 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
+from attention_plugins.decode.rows import Mode
+from attention_plugins.decode.schedule import Read
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime
-from attention_plugins.vllm_adapter.selection import Selecting
+from attention_plugins.vllm_adapter.selection import Selecting, Selection
+from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 
 Make = Callable[..., "Graphs"]
 MODES = [
@@ -31,12 +34,20 @@ SIZES, MAX_REQS = [1, 2, 4, 16], 8
 DECODES = [(num, num, 1) for num in range(1, MAX_REQS + 1)]
 OTHERS = [(1, 7, None), (3, 5, None), (2, 16, None), (8, 17, None), (1, 1, None), (4, 8, 2)]
 LORAS = [0, 1, 2]
+ROWS = 3
+"""Of selectors' readers: of vLLM's sizes only those up to it are theirs."""
+EVER, NEVER, PARTLY = Selection("either", True), Selection("differs", False), Selection("differs", True)
+READERS: dict[str, Any] = {
+    "either": SimpleNamespace(place=SimpleNamespace(rows=ROWS), whole=lambda modes: True),
+    "differs": SimpleNamespace(place=SimpleNamespace(rows=ROWS), whole=lambda modes: bool(modes & Mode.DENSE)),
+}
+"""What is asked of readers here: to one it makes a difference whether some row reads everything."""
 
 
 class Graphs:
     """Our manager and vLLM's, captured alike. `log`: whose graph was replayed."""
 
-    def __init__(self, mode: CUDAGraphMode, lora_cases: list[int]) -> None:
+    def __init__(self, mode: CUDAGraphMode, lora_cases: list[int], readers: dict[str, Any]) -> None:
         config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS),
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=SIZES[-1]),
@@ -44,8 +55,13 @@ class Graphs:
             cache_config=SimpleNamespace(use_kda_recoverssm=False),
             speculative_config=None,
         )
-        compressor: Any = SimpleNamespace(requests={}, pages=torch.zeros(1, 1))
-        self.runtime = CompressionRuntime(compressor, Selecting(compressor, {}, ()), lambda common: [])
+        compressor: Any = SimpleNamespace(
+            requests={"packed": None},
+            pages=torch.zeros(1, 1),
+            slot=lambda name: 0 if name == "packed" else None,
+            observers=lambda name: (),
+        )
+        self.runtime = CompressionRuntime(compressor, Selecting(compressor, readers, ()), lambda common: [])
         self.stock = ModelCudaGraphManager(config, torch.device("cpu"), mode, 1, lora_capture_cases=lora_cases)
         self.ours = CompressionGraphs(self.stock, self.runtime)
         self.log: list[ModelCudaGraphManager] = []
@@ -68,6 +84,27 @@ class Graphs:
         self.runtime.wanted = None if kind is BatchKind.DENSE else kind
         return self.ours.dispatch(*batch, num_active_loras=loras, max_query_len=batch[2])
 
+    def step(self, rows: dict[str, str], tokens: int = 1, loras: int = 0) -> BatchExecutionDescriptor:
+        """What a step gets in which requests (by name) have selectors ("" for none), the first so many tokens."""
+        self.runtime.end_step()
+        reads = {name: Read(name, selector, Mode.SELECT, 9, 4, 0.0, 0) for name, selector in rows.items() if selector}
+        scheduled = dict.fromkeys(rows, 1)
+        scheduled[next(iter(rows))] = tokens
+        cached = SimpleNamespace(req_ids=list(rows), num_computed_tokens=[8] * len(rows))
+        output = SimpleNamespace(
+            finished_req_ids=set(),
+            preempted_req_ids=None,
+            num_scheduled_tokens=scheduled,
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=cached,
+        )
+        attach_orders(output, StepOrders(reads=reads))
+        self.runtime.begin_step(output)
+        total = sum(scheduled.values())
+        # vLLM calls a batch uniform by its numbers alone.
+        count = tokens if total == tokens * len(rows) else None
+        return self.ours.dispatch(len(rows), total, count, num_active_loras=loras, max_query_len=count)
+
     def vllms(
         self, batch: tuple[int, int, int | None], loras: int = 0, uniform: bool = True
     ) -> BatchExecutionDescriptor:
@@ -82,8 +119,14 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (1 << 30, 2 << 30))
 
-    def run(mode: CUDAGraphMode, *, lora_cases: list[int] | None = None, capture: bool = True) -> Graphs:
-        graphs = Graphs(mode, lora_cases or [0])
+    def run(
+        mode: CUDAGraphMode,
+        *,
+        lora_cases: list[int] | None = None,
+        capture: bool = True,
+        readers: dict[str, Any] | None = None,
+    ) -> Graphs:
+        graphs = Graphs(mode, lora_cases or [0], readers or {})
         monkeypatch.setattr(ModelCudaGraphManager, "capture", lambda *args, **kwargs: graphs.captured(*args, **kwargs))
         if capture:
             graphs.stock.capture()
@@ -235,3 +278,123 @@ def test_all_graphs_are_released(make: Make) -> None:
     for kind in BatchKind:
         assert graphs.dispatch(kind, (2, 2, 1)).cg_mode == CUDAGraphMode.NONE
         assert graphs.runtime.graph is None
+
+
+# Selectors
+
+
+def test_every_selection_is_captured_for_as_many_rows_as_its_reader_has(make: Make) -> None:
+    graphs = make(CUDAGraphMode.FULL_AND_PIECEWISE, lora_cases=[0, 2], readers=READERS)
+    assert [graph for _, graph, _, _ in graphs.captures] == [None, None, *OURS, EVER, NEVER, PARTLY]
+    for manager, graph, _, kwargs in graphs.captures[4:]:
+        assert manager is graphs.ours.by_kind[graph] and f"({graph})" in kwargs["progress_bar_desc"]
+        (descs,) = manager._capture_descs.values()
+        assert {(desc.cg_mode, desc.num_tokens, desc.num_reqs, desc.num_active_loras) for desc in descs} == {
+            (CUDAGraphMode.FULL, size, size, loras) for size in (1, 2) for loras in (0, 2)
+        }
+        assert {desc for found in manager._candidates.values() for desc in found} == set(descs)
+    assert graphs.runtime.graph is None
+
+
+@pytest.mark.parametrize("mode", WITH_FULL, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "selection"),
+    [
+        ({"a": "either"}, EVER),
+        ({"a": "either", "b": "either"}, EVER),
+        ({"a": "either", "b": ""}, EVER),
+        ({"packed": "either", "b": ""}, EVER),
+        ({"a": "differs"}, NEVER),
+        ({"b": "differs", "packed": "differs"}, NEVER),
+        ({"a": "differs", "b": ""}, PARTLY),
+        ({"packed": "", "b": "differs"}, PARTLY),
+    ],
+)
+def test_decodes_with_one_selector_have_its_graphs(
+    make: Make, mode: CUDAGraphMode, rows: dict[str, str], selection: Selection
+) -> None:
+    graphs = make(mode, lora_cases=[0, 2], readers=READERS)
+    number = {manager: place for place, (manager, *_) in enumerate(graphs.captures, start=1)}
+    for loras, case in ((0, 0), (1, 2), (2, 2)):
+        desc, size = graphs.step(rows, loras=loras), len(rows)
+        assert desc == BatchExecutionDescriptor(CUDAGraphMode.FULL, size, size, 1, num_active_loras=case)
+        assert (graphs.runtime.kind, graphs.runtime.graph) == (BatchKind.SELECTED, selection)
+        output = graphs.ours.run_fullgraph(desc)
+        own = graphs.ours.by_kind[selection]
+        assert graphs.log.pop() is own and graphs.log == []
+        assert output.tolist() == [[float(number[own])] * 2] * size
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [
+        ({"a": "either", "b": "differs"}, 1),
+        ({"a": "either", "b": "differs", "packed": ""}, 1),
+        ({"a": "either", "b": "either", "c": "either"}, 1),  # three: vLLM's next size is larger than the reader's rows
+        ({"a": "differs", "b": "", "c": "", "d": ""}, 1),  # for which vLLM has one
+        ({"packed": "either", "b": "", "c": "", "d": ""}, 1),
+        ({"a": "either", "b": "", "c": "", "d": "", "e": ""}, 1),
+        ({"prompt": "", "a": "either"}, 2),
+        ({"prompt": "", "packed": "", "a": "either"}, 14),
+        ({"prompt": "", "packed": "either"}, 30),
+    ],
+)
+def test_other_steps_with_selectors_have_no_full_graph(
+    make: Make, mode: CUDAGraphMode, rows: dict[str, str], tokens: int
+) -> None:
+    """Neither vLLM's nor another kind's: in those nobody selects, and all answers would silently be dense."""
+    graphs = make(mode, readers=READERS)
+    desc = graphs.step(rows, tokens)
+    assert (graphs.runtime.kind, graphs.runtime.graph) == (BatchKind.SELECTED, None)
+    batch = (len(rows), len(rows) - 1 + tokens, None)
+    expected = graphs.vllms(batch)
+    if expected.cg_mode == CUDAGraphMode.FULL:
+        expected = BatchExecutionDescriptor(CUDAGraphMode.NONE, batch[1], batch[0])
+    assert desc == expected and desc.cg_mode != CUDAGraphMode.FULL
+    assert (desc.cg_mode == CUDAGraphMode.PIECEWISE) == (mode.has_piecewise_cudagraphs() and batch[1] <= SIZES[-1])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_no_other_graph_stands_in_for_a_selectors(make: Make, mode: CUDAGraphMode) -> None:
+    """Where its own are gone, or there were none."""
+    graphs = make(mode, readers=READERS)
+    for selection in (EVER, NEVER, PARTLY):
+        if own := graphs.ours.by_kind.get(selection):
+            own.release_graphs()
+    for rows in ({"a": "either"}, {"a": "differs"}, {"a": "differs", "b": ""}, {"packed": "either", "b": ""}):
+        desc = graphs.step(rows)
+        assert desc.cg_mode != CUDAGraphMode.FULL and graphs.runtime.graph is None
+        assert (desc.cg_mode == CUDAGraphMode.PIECEWISE) == mode.has_piecewise_cudagraphs()
+
+
+@pytest.mark.parametrize("mode", WITH_FULL, ids=str)
+def test_selectors_leave_other_steps_their_graphs(make: Make, mode: CUDAGraphMode) -> None:
+    """Of requests that could select, and read everything in this step."""
+    graphs = make(mode, readers=READERS)
+    for rows, kind in (
+        ({"a": "", "b": ""}, None),
+        ({"packed": ""}, BatchKind.COMPACTED),
+        ({"packed": "", "b": "", "c": ""}, BatchKind.MIXED),
+        ({"a": "", "b": "", "c": "", "d": ""}, None),
+    ):
+        graphs.step({"x": "either"})
+        desc = graphs.step(rows)
+        assert graphs.runtime.graph is kind and desc.cg_mode == CUDAGraphMode.FULL
+        graphs.ours.run_fullgraph(desc)
+        assert graphs.log.pop() is (graphs.ours.by_kind[kind] if kind else graphs.ours)
+
+
+def test_a_step_that_records_queries_has_no_selectors_graph(make: Make) -> None:
+    graphs = make(CUDAGraphMode.FULL_AND_PIECEWISE, readers=READERS)
+    assert graphs.step({"a": "either"}).cg_mode == CUDAGraphMode.FULL
+    graphs.runtime.recording, graphs.runtime.graph = True, None
+    desc = graphs.ours.dispatch(1, 1, 1, 0, max_query_len=1)
+    assert desc.cg_mode == CUDAGraphMode.PIECEWISE and graphs.runtime.graph is None
+
+
+def test_selectors_graphs_are_released(make: Make) -> None:
+    graphs = make(CUDAGraphMode.FULL_AND_PIECEWISE, readers=READERS)
+    assert len(graphs.ours.by_kind) == 5 and all(own.graphs for own in graphs.ours.by_kind.values())
+    graphs.ours.release_graphs()
+    assert not any(own.graphs for own in graphs.ours.by_kind.values())

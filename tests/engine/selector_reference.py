@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from tests.engine.harness import PAGE
-
 
 def mask_of(chosen: list[list[int]], n: int) -> torch.Tensor:
     """Chosen places by KV head -> bool [num_kv_heads, n]."""
@@ -32,20 +30,21 @@ def top_tokens(queries: torch.Tensor, keys: torch.Tensor, k: int, probabilities:
 
 
 class Quest:
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, page: int) -> None:
+        self.k, self.page = k, page
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer < 2:
             return everything(keys)
         n, chosen = keys.shape[1], []
-        pages = [list(range(start, min(start + PAGE, n))) for start in range(0, n, PAGE)]
+        size = self.page
+        pages = [list(range(start, min(start + size, n))) for start in range(0, n, size)]
         for group, head in zip(queries, keys, strict=True):
             bounds = []
             for page in pages[:-1]:
                 low, high = head[page].amin(0), head[page].amax(0)
                 bounds.append(sum(float(torch.maximum(q * low, q * high).sum()) for q in group))
-            best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[: math.ceil(self.k / PAGE) - 1]
+            best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[: math.ceil(self.k / size) - 1]
             chosen.append(sum((pages[page] for page in best), pages[-1]))
         return mask_of(chosen, n)
 
@@ -125,21 +124,21 @@ class Recycled:
 class Local:
     """Near tokens alone, where the prompt's moments say that far ones get little."""
 
-    def __init__(self, k: int, share: float) -> None:
-        self.k, self.share = k, share
+    def __init__(self, k: int, share: float, page: int) -> None:
+        self.k, self.share, self.page = k, share, page
         self.moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.local = 0
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        n = keys.shape[1]
+        n, size = keys.shape[1], self.page
         if layer not in self.moments:  # the first step: all before it is the prompt
             prompt = keys[:, :-1]
             centred = prompt - prompt.mean(1, keepdim=True)
             self.moments[layer] = prompt.mean(1), centred.transpose(1, 2) @ centred / (n - 1)
         mean, covariance = self.moments[layer]
-        pages = math.ceil(n / PAGE)
-        near = [*range(1), *range(pages - math.ceil((self.k - 16) / PAGE) - 1, pages)]
-        places = [place for page in near for place in range(page * PAGE, min((page + 1) * PAGE, n))]
+        pages = math.ceil(n / size)
+        near = [*range(1), *range(pages - math.ceil((self.k - 16) / size) - 1, pages)]
+        places = [place for page in near for place in range(page * size, min((page + 1) * size, n))]
         seen = everything(keys)
         for head, group in enumerate(queries):
             shares = []

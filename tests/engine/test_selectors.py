@@ -9,7 +9,7 @@ import pytest
 
 from attention_plugins.decode.registry import selectors
 from tests.engine import selector_reference as by_hand
-from tests.engine.harness import Engine, Job
+from tests.engine.harness import PAGE, Engine, Job
 from tests.engine.test_answers import prompt_of
 from tests.reference import Reads, Reference
 
@@ -56,9 +56,9 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
     (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2)),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
     (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1])),
-    (SELECTORS[4], lambda: by_hand.Quest(96)),
+    (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
     (SELECTORS[5], lambda: by_hand.Loki(96)),
-    (SELECTORS[6], lambda: by_hand.Local(96, 0.02)),
+    (SELECTORS[6], lambda: by_hand.Local(96, 0.02, PAGE)),
 ]
 
 
