@@ -27,7 +27,7 @@ from kvcache.tables import PageTables, to_device
 # Bounds the memory of selection and copy: scores looked at together, about 40 bytes each at most.
 _MAX_SCORES = 1 << 23
 # Bounds the memory of scoring several layers of an answer together: tokens of all their heads.
-_MAX_TOKENS = 1 << 19
+_MAX_TOKENS = 1 << 17
 
 
 @dataclass

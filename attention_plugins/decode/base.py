@@ -175,12 +175,12 @@ class Reader(ABC):
         """Memory that it holds, `Buffers` not counted."""
         return 0
 
-    def whole(self, modes: Mode) -> bool:
-        """Whether some row of a batch with these modes reads everything; a CUDA graph is captured for either answer.
+    def whole(self, modes: Mode) -> int:
+        """0 where no row of a batch with these modes reads everything, else 1, or more where there are several ways.
 
-        Readers to which it makes no difference say True.
+        A CUDA graph is captured for each answer; readers to which it makes no difference have one.
         """
-        return True
+        return 1
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:  # noqa: B027
         """See a request's cache before its first step, and again after each compaction, where the selector `prepares`.
@@ -207,7 +207,7 @@ class Reader(ABC):
         return pages[at[0], at[1]], at[2]
 
     @abstractmethod
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         """One layer's attention of a step.
 
         Args:

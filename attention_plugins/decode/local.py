@@ -69,7 +69,7 @@ class LocalOrGlobalReader(Reader):
                 self.mean[state, cache.layer, head] = mean
                 self.covariance[state, cache.layer, head] = keys.T @ keys / length - torch.outer(mean, mean)
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         n, g = len(rows), self.place.geometry
         pages, lengths = self.tables(n)
         self.ops.full_rows(pages, lengths, rows, cache, Mode.DENSE | Mode.SELECT)

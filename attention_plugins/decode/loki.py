@@ -36,8 +36,8 @@ class LokiReader(Reader):
         lists = 4 * place.rows * (place.geometry.num_kv_heads * (place.tokens + 1) + 1)
         return (labels + basis.numel()) * place.dtype.itemsize + lists
 
-    def whole(self, modes: Mode) -> bool:
-        return bool(modes & Mode.DENSE)
+    def whole(self, modes: Mode) -> int:
+        return int(bool(modes & Mode.DENSE))
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         size = self.place.geometry.page_size
@@ -48,7 +48,7 @@ class LokiReader(Reader):
                 keys, _ = cache.codec.read_tokens(cache.pages, slots)
                 self.labels[slots] = self._seen(keys, cache) @ self.basis[cache.layer, head]
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         n, basis = len(rows), self.basis[cache.layer]
         newest = self.ops.newest_slots(rows, cache)
         keys, _ = cache.codec.read_tokens(cache.pages, newest.flatten())

@@ -26,11 +26,14 @@ class QuestReader(Reader):
     def nbytes(cls, place: Place) -> int:
         return place.num_pages * 2 * place.geometry.head_dim * place.dtype.itemsize
 
+    def whole(self, modes: Mode) -> int:
+        return int(bool(modes & Mode.DENSE))
+
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         for cache in caches[DENSE_LAYERS:]:
             self.ops.write_bounds(self.bounds, cache, *self.in_use(pages[cache.layer], lengths[cache.layer]))
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         if cache.layer < DENSE_LAYERS:
             self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
             return
@@ -39,7 +42,11 @@ class QuestReader(Reader):
         self.ops.grow_bounds(self.bounds, rows, cache, Mode.SELECT)
         self.ops.page_scores(scores, self.bounds, rows, cache, queries, Mode.SELECT)
         self.ops.top_pages(pages, lengths, scores, rows, cache, Mode.SELECT)
-        self.read_pages(out, queries, pages, lengths, cache)
+        if whole:
+            self.read_pages(out, queries, pages, lengths, cache)
+        else:  # short lists are quicker this way
+            most = self.place.tokens + self.place.geometry.page_size
+            self.ops.page_attention(out, queries, pages, lengths, rows, cache, Mode.SELECT, most)
 
 
 class Quest(Selector):

@@ -37,13 +37,13 @@ class RecycledReader(Reader):
         by_state = g.num_layers * g.num_kv_heads * (4 * width + 4 + 4 * place.group * g.head_dim)
         return place.states * by_state + place.rows * g.num_kv_heads * 4 * width
 
-    def whole(self, modes: Mode) -> bool:
-        return bool(modes & ~Mode.REUSE)
+    def whole(self, modes: Mode) -> int:
+        return 2 if modes & Mode.CHECK else 1 if modes & ~Mode.REUSE else 0
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         slots, counts = self.slots[cache.layer], self.counts[cache.layer]
         if whole:
-            rows = self._checked(queries, rows, cache)
+            rows = self._checked(queries, rows, cache) if whole > 1 else rows
             lse = self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
             scores = self.buffers.scores
             self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
@@ -54,14 +54,15 @@ class RecycledReader(Reader):
         self.ops.evict_least(slots, counts, rows.places, rows, logits, Mode.REUSE)
 
     def _checked(self, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> DecodeRows:
-        """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away."""
+        """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away. Those that
+        select anyway leave their query to be compared with."""
         chosen_by = self.chosen_by[cache.layer]
         place = rows.places.clamp(min=0).long()
         now = dequantise(queries, cache.quant.query).flatten(1).float()
         likeness = torch.cosine_similarity(now, chosen_by.index_select(0, place), dim=-1)
         turned = torch.where(likeness < rows.thresholds, int(Mode.SELECT), int(Mode.REUSE)).int()
         modes = torch.where(rows.modes == int(Mode.CHECK), turned, rows.modes)
-        selects = (modes == int(Mode.SELECT)) & (rows.places >= 0)
+        selects = ((modes & int(Mode.SELECT)) != 0) & (rows.places >= 0)
         # Rows that don't select write to the last state, which no request has.
         spare = len(chosen_by) - 1
         target = torch.where(selects, place, spare)
@@ -105,6 +106,7 @@ class Recycled(Selector):
     def mode(self, context: int, since: int | None) -> Mode:
         if super().mode(context, since) is Mode.DENSE:
             return Mode.DENSE
+        check = Mode.CHECK if self.args.similarity else Mode(0)
         if since is None or since >= self.args.stride:
-            return Mode.SELECT
-        return Mode.CHECK if self.args.similarity and since % self.args.check_every == 0 else Mode.REUSE
+            return Mode.SELECT | check
+        return check if check and since % self.args.check_every == 0 else Mode.REUSE

@@ -22,7 +22,8 @@ class Mode(IntFlag):
     REUSE = 4
     """Reads what an earlier step has selected."""
     CHECK = 8
-    """Selects or reuses, as the reader finds in each layer. No operation runs for it."""
+    """Selects or reuses, as the reader finds in each layer; with `SELECT` it selects, for later rows to be checked
+    against. No operation runs for it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ CROWDED = "crowded"
 """Steps that read everything because the step's other requests had taken what there is room for."""
 
 
+_NAMES = {mode: str(mode.name).lower() for mode in Mode} | {Mode.SELECT | Mode.CHECK: "select"}
+
+
 @dataclass(frozen=True)
 class Read:
     """One request's part of a step, for workers.
@@ -120,14 +123,13 @@ class ReadSchedule:
         if mode is not Mode.DENSE and not self._has_room(request, context):
             mode, name = Mode.DENSE, CROWDED
         else:
-            assert mode.name
-            name = mode.name.lower()
+            name = _NAMES[mode]
         request.steps[name] += 1
         self.totals.setdefault(selector.name, Counter())[name] += 1
         if mode is Mode.DENSE:
             request.since, request.prepared = None, False  # tokens came that nobody took note of
             return None
-        request.since = 1 if mode is Mode.SELECT or request.since is None else request.since + 1
+        request.since = 1 if mode & Mode.SELECT or request.since is None else request.since + 1
         prepare, request.prepared = selector.prepares and not request.prepared, True
         place = -1 if request.place is None else request.place
         tokens, threshold = selector.args.tokens, selector.threshold

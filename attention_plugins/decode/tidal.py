@@ -51,10 +51,10 @@ class TidalReader(Reader):
         heads = g.num_kv_heads if cls.per_head else 1
         return 4 * place.rows * ((heads + g.num_kv_heads) * place.tokens + heads + 1)
 
-    def whole(self, modes: Mode) -> bool:
-        return bool(modes & Mode.DENSE)
+    def whole(self, modes: Mode) -> int:
+        return int(bool(modes & Mode.DENSE))
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         n = len(rows)
         if cache.layer < self.selecting[0] or cache.layer in self.selecting:
             lse = self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)

@@ -1,6 +1,6 @@
 """Triton kernels; each computes what a naive twin in torch computes, which runs where there is no GPU."""
 
-from attention_plugins.kernels.attention import slot_attention
+from attention_plugins.kernels.attention import page_attention, slot_attention
 from attention_plugins.kernels.newest import newest_slots
 from attention_plugins.kernels.page_rows import full_rows
 from attention_plugins.kernels.places import place_slots
@@ -16,6 +16,7 @@ __all__ = [
     "full_rows",
     "grow_bounds",
     "newest_slots",
+    "page_attention",
     "page_bounds",
     "page_scores",
     "place_slots",

@@ -1,4 +1,4 @@
-"""`attention_plugins.naive.slot_attention` as two kernels: parts of each list, then their sum."""
+"""`attention_plugins.naive.slot_attention` and `page_attention` as two kernels: parts of each list, then their sum."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def _attend(
     modes, want, queries, queries_stride, contents, slots, slots_stride, counts, into, sums, soft, raw, raw_stride,
     scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    FP8: tl.constexpr, TOKENS: tl.constexpr,
+    FP8: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Part of a list: the sum of values, the largest logit (a power of two) and the sum of powers, by query head."""
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    target = tl.load(into + request)
+    target = request if into is None else tl.load(into + request)
     if (tl.load(modes + request) & want) == 0 or target < 0:
         return
     at, splits = target * HEADS + head, tl.num_programs(2)
@@ -50,7 +50,10 @@ def _attend(
     for first in range(split * each, end, TOKENS):
         index = first + tl.arange(0, TOKENS)
         there = index < end
-        slot = tl.load(listed + index, mask=there, other=0).to(tl.int64)
+        if PAGE == 1:
+            slot = tl.load(listed + index, mask=there, other=0).to(tl.int64)
+        else:
+            slot = tl.load(listed + index // PAGE, mask=there, other=0).to(tl.int64) * PAGE + index % PAGE
         key, mask = contents + slot[:, None] * (2 * DIM) + dim, there[:, None] & (dim < DIM)
         k = tl.load(key, mask=mask, other=0.0).to(q.dtype)
         v = tl.load(key + DIM, mask=mask, other=0.0).to(q.dtype)
@@ -91,7 +94,7 @@ def _combine(
 ):  # fmt: skip
     """Programs of the third axis: one for each of the group's query heads, and then the log-probabilities' chunks."""
     request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    target = tl.load(into + request)
+    target = request if into is None else tl.load(into + request)
     if (tl.load(modes + request) & want) == 0 or target < 0:
         return
     count, row = tl.load(counts + target * HEADS + head), request * HEADS + head
@@ -137,20 +140,51 @@ def slot_attention(
     Raises:
         ValueError: `out` has other gaps, or the cache isn't laid out token by token.
     """
+    _attend_lists(out, queries, slots, slots.shape[-1], counts, into, rows, cache, want, logits, 1)
+
+
+def page_attention(
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: DecodeRows,
+    cache: LayerCache,
+    want: int,
+    most: int,
+) -> None:
+    """See `attention_plugins.naive.page_attention`; what `slot_attention` says of the tensors holds here too."""
+    _attend_lists(out, queries, pages, most, lengths, None, rows, cache, want, None, cache.geometry.page_size)
+
+
+def _attend_lists(
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    lists: torch.Tensor,
+    width: int,
+    counts: torch.Tensor,
+    into: torch.Tensor | None,
+    rows: DecodeRows,
+    cache: LayerCache,
+    want: int,
+    logits: torch.Tensor | None,
+    page: int,
+) -> None:
+    """`lists` are of pages of so many tokens, `width` is the most tokens that one stands for."""
     n, heads, group, dim = out.shape
     if out.stride()[1:] != (group * dim, dim, 1):
         raise ValueError(f"a row of `out` must have no gaps; its strides are {out.stride()}")
     contents, (queries, scale, widths) = contents_of(cache), typed_queries(cache, queries)
-    fp8, width = contents.element_size() == 1, slots.shape[-1]
+    fp8 = contents.element_size() == 1
     scale *= cache.scale * (cache.quant.key if fp8 else 1.0) * math.log2(math.e)
     splits = max(1, min(triton.cdiv(width, _TOKENS), _PROGRAMS // (n * heads), _MAX_SPLITS))
     soft = torch.empty(n * heads, splits, group, 2, device=out.device)
     sums = torch.empty(n * heads, splits, group, dim, device=out.device)
     raw = None if logits is None else torch.empty(n * heads * group, width, device=out.device)
     _attend[(n, heads, splits)](
-        rows.modes, int(want), queries, queries.stride(0), contents, slots, slots.stride(1), counts, into,
+        rows.modes, int(want), queries, queries.stride(0), contents, lists, lists.stride(-2), counts, into,
         sums, soft, raw, width, scale,
-        HEADS=heads, **widths, TOKENS=_TOKENS, num_warps=_WARPS, num_stages=_STAGES,
+        HEADS=heads, **widths, TOKENS=_TOKENS, PAGE=page, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     chunks = 0 if logits is None else triton.cdiv(width, _LOGITS)
     _combine[(n, heads, group + chunks)](

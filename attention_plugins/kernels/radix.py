@@ -21,16 +21,26 @@ def ordered(scores):
 
 @triton.jit
 def threshold_in_registers(keys, k):
-    """The k-th highest key, bit by bit, and how many of the keys that equal it are among the k highest.
+    """A number that k keys reach or, where keys are equal, as few more as can be; and how many of the keys that equal
+    it are among the k highest.
 
-    uint32 [n], 0 where there is no score (no real score's key is); k >= 1.
+    uint32 [n], 0 where there is no score (no real score's key is); n < 2**20, k >= 1. Two bits at a time, until exactly
+    k keys are left: their own last bits don't matter.
     """
-    threshold, bit = tl.zeros([1], tl.uint32), tl.full([1], 0x80000000, tl.uint32)
-    for _ in range(32):
-        candidate = threshold | bit
-        enough = tl.sum((keys >= candidate).to(tl.int32), 0) >= k
-        threshold = tl.where(enough, candidate, threshold)
-        bit = bit >> 1
+    threshold, shift, reached = tl.full([], 0, tl.uint32), 30, -1
+    while (shift >= 0) & (reached != k):
+        one = tl.full([], 1, tl.uint32) << shift
+        low, middle, high = threshold + one, threshold + 2 * one, threshold + 3 * one
+        counts = (
+            (keys >= low).to(tl.int64) + ((keys >= middle).to(tl.int64) << 20) + ((keys >= high).to(tl.int64) << 40)
+        )
+        counts = tl.sum(counts, 0)
+        lows, middles, highs = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
+        step = tl.where(highs >= k, 3, tl.where(middles >= k, 2, tl.where(lows >= k, 1, 0)))
+        found = tl.where(highs >= k, highs, tl.where(middles >= k, middles, lows)).to(tl.int32)
+        reached = tl.where(step > 0, found, reached)
+        threshold += one * step.to(tl.uint32)
+        shift -= 2
     return threshold, k - tl.sum((keys > threshold).to(tl.int32), 0)
 
 

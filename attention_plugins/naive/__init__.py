@@ -3,7 +3,7 @@
 `paged_attention` is the twin of a platform's own kernel.
 """
 
-from attention_plugins.naive.attention import slot_attention
+from attention_plugins.naive.attention import page_attention, slot_attention
 from attention_plugins.naive.newest import newest_slots
 from attention_plugins.naive.places import place_slots
 from attention_plugins.naive.quest import grow_bounds, page_bounds, page_scores, write_bounds
@@ -18,6 +18,7 @@ __all__ = [
     "full_rows",
     "grow_bounds",
     "newest_slots",
+    "page_attention",
     "page_bounds",
     "page_scores",
     "place_slots",

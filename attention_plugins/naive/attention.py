@@ -1,4 +1,4 @@
-"""Attention over listed tokens."""
+"""Attention over listed tokens or pages."""
 
 from __future__ import annotations
 
@@ -41,3 +41,29 @@ def slot_attention(
         out[row, head] = (each.softmax(-1) @ values).to(out.dtype)
         if logits is not None:
             logits[row, head, :count] = nan_first(each.log_softmax(-1).amax(0))
+
+
+def page_attention(
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: DecodeRows,
+    cache: LayerCache,
+    want: int,
+    most: int,
+) -> None:
+    """Softmax attention of wanted rows over their pages, for short lists.
+
+    Args:
+        out, queries: as `slot_attention` takes them; other rows stay as they are.
+        pages: int32 [n * num_kv_heads, width].
+        lengths: int32 [n * num_kv_heads], tokens; only the last page may be partly filled.
+        most: no wanted row's length is larger.
+    """
+    real, heads, size = real_queries(cache, queries), cache.geometry.num_kv_heads, cache.geometry.page_size
+    for row, head in wanted_heads(rows, cache, want):
+        places = torch.arange(int(lengths[row * heads + head]), device=pages.device)
+        slots = pages[row * heads + head, places // size].long() * size + places % size
+        keys, values = read(cache, slots)
+        out[row, head] = ((real[row, head] @ keys.T * cache.scale).softmax(-1) @ values).to(out.dtype)

@@ -20,13 +20,13 @@ _FIELDS = ("slots", "modes", "tokens", "starts", "places", "thresholds")
 
 @dataclass(frozen=True)
 class Selection:
-    """What a CUDA graph with a selector in it fixes: whose kernels run, and whether some row reads everything."""
+    """What a CUDA graph with a selector in it fixes: whose kernels run, and what `Reader.whole` said."""
 
     selector: str
-    whole: bool
+    whole: int
 
     def __str__(self) -> str:
-        return f"{self.selector}{'' if self.whole else ', nothing read whole'}"
+        return f"{self.selector} {self.whole}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SelectedRows:
 
     reader: Reader
     rows: DecodeRows
-    whole: bool
+    whole: int
     tokens: torch.Tensor | None
 
 
@@ -81,7 +81,7 @@ class Selecting:
         """Every kind of graph that a step may want, and the largest batch."""
         found = []
         for name, reader in self.readers.items():
-            answers = {reader.whole(mode) for mode in Mode} | {reader.whole(Mode.DENSE | Mode.SELECT | Mode.REUSE)}
+            answers = {reader.whole(Mode(bits)) for bits in range(1, 2 * max(Mode))}
             found += [(Selection(name, whole), reader.place.rows) for whole in sorted(answers)]
         return found
 

@@ -83,19 +83,19 @@ def place_of(cache: FakeCache) -> Place:
     )
 
 
-def steps(name: str, rows: DecodeRows) -> Iterator[tuple[str, DecodeRows, bool]]:
-    """Kinds of steps of a selector: a name, its rows, and whether something is read whole."""
+def steps(name: str, rows: DecodeRows) -> Iterator[tuple[str, DecodeRows, int]]:
+    """Kinds of steps of a selector: a name, its rows, and what `Reader.whole` says of them."""
     if name == "recycled":
-        yield "full", rows, True
-        yield "reuse", replace(rows, modes=torch.full_like(rows.modes, int(Mode.REUSE))), False
+        yield "full", rows, 1
+        yield "reuse", replace(rows, modes=torch.full_like(rows.modes, int(Mode.REUSE))), 0
     elif name == "local":
-        yield "all near", replace(rows, thresholds=torch.zeros_like(rows.thresholds)), True
-        yield "all far", replace(rows, thresholds=torch.full_like(rows.thresholds, 2.0)), True
+        yield "all near", replace(rows, thresholds=torch.zeros_like(rows.thresholds)), 1
+        yield "all far", replace(rows, thresholds=torch.full_like(rows.thresholds, 2.0)), 1
     else:
-        yield "", rows, name in ("quest",)
+        yield "", rows, 0
 
 
-def read_all(reader: Reader, cache: FakeCache, out: torch.Tensor, rows: DecodeRows, whole: bool) -> None:
+def read_all(reader: Reader, cache: FakeCache, out: torch.Tensor, rows: DecodeRows, whole: int) -> None:
     for layer in cache.layers:
         reader.read(out, cache.queries, rows, layer, whole)
 

@@ -157,7 +157,7 @@ def kl_summary(found: Sequence[Sequence[float]], parted: Sequence[bool]) -> Row:
         "mean": float(values.mean()), "median": float(np.median(values)), "p90": float(np.quantile(values, 0.9)),
         "largest": float(values.max()), "same_choice": 1 - sum(parted) / len(values),
         "by_prompt": [statistics.fmean(own) if own else None for own in found],
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 def agreement(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None:

@@ -133,10 +133,10 @@ def test_settings_travel_in_vllms_configuration() -> None:
 def test_calibrations_are_read(tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
-    assert read_calibration(DecodeSettings()) == {}
+    assert read_calibration(DecodeSettings(), 2) == {}
     file = tmp_path / "found.safetensors"
     save_file({"tidal.layers": torch.tensor([3, 5])}, file)
-    found = read_calibration(DecodeSettings(calibration=str(file)))
+    found = read_calibration(DecodeSettings(calibration=str(file)), 2)
     assert found["tidal.layers"].tolist() == [3, 5]
     words = settings(("tidal", "lessismore"))
     where = replace(place(words), calibration=found)

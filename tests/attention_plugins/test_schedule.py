@@ -67,18 +67,19 @@ def test_most_selectors_choose_at_every_step(name: str, since: int | None) -> No
         ({"stride": 2}, "srsrsrsrsr"),
         ({"stride": 4}, "srrrsrrrsr"),
         ({"stride": 100}, "srrrrrrrrr"),
-        ({"stride": 100, "similarity": 0.5, "check_every": 1}, "sccccccccc"),
-        ({"stride": 100, "similarity": 0.5, "check_every": 3}, "srrcrrcrrc"),
-        ({"stride": 5, "similarity": 0.5, "check_every": 3}, "srrcrsrrcr"),
-        ({"stride": 4, "similarity": 0.5, "check_every": 4}, "srrrsrrrsr"),
+        ({"stride": 100, "similarity": 0.5, "check_every": 1}, "Sccccccccc"),
+        ({"stride": 100, "similarity": 0.5, "check_every": 3}, "Srrcrrcrrc"),
+        ({"stride": 5, "similarity": 0.5, "check_every": 3}, "SrrcrSrrcr"),
+        ({"stride": 4, "similarity": 0.5, "check_every": 4}, "SrrrSrrrSr"),
         ({"stride": 100, "similarity": 0.0, "check_every": 1}, "srrrrrrrrr"),
     ],
 )
 def test_recycled_chooses_now_and_then(words: dict[str, Any], expected: str) -> None:
-    """As many steps from one choice to the next as `stride` says, the first step counted; checks between them."""
+    """As many steps from one choice to the next as `stride` says, the first step counted; checks between them, against
+    what the choice (S) left."""
     schedule = Schedule("")
     schedule.start("a", asking("recycled", **words))
-    spelled = {Mode.SELECT: "s", Mode.REUSE: "r", Mode.CHECK: "c"}
+    spelled = {Mode.SELECT: "s", Mode.SELECT | Mode.CHECK: "S", Mode.REUSE: "r", Mode.CHECK: "c"}
     assert "".join(spelled[mode] for mode in modes(schedule, 10)) == expected
 
 
@@ -99,7 +100,7 @@ def test_a_read_says_all_that_workers_need() -> None:
     assert schedule.step({"q": 300, "l": 400, "r": 500}) == {
         "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.0, -1, prepare=True),
         "l": Read("l", "local", Mode.SELECT, 400, 128, 0.25, 0, prepare=True),
-        "r": Read("r", "recycled", Mode.SELECT, 500, 96, 0.75, 1, prepare=False),
+        "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 1, prepare=False),
     }
 
 

@@ -28,18 +28,18 @@ ROWS = 5
 class Note(Reader):
     """Takes note of what it is shown."""
 
-    def __init__(self, whole: Callable[[Mode], bool]) -> None:
+    def __init__(self, whole: Callable[[Mode], int]) -> None:
         self.place: Any = SimpleNamespace(rows=ROWS, geometry=GEOMETRY)
         self._whole = whole
         self.prepared: list[tuple[torch.Tensor, torch.Tensor, list[LayerCache], int]] = []
 
-    def whole(self, modes: Mode) -> bool:
+    def whole(self, modes: Mode) -> int:
         return self._whole(modes)
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         self.prepared.append((pages, lengths, caches, state))
 
-    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: bool) -> None:
+    def read(self, out: torch.Tensor, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache, whole: int) -> None:
         raise AssertionError("nothing is read here")
 
 
@@ -282,9 +282,11 @@ def test_selectors_own_kinds_of_graphs() -> None:
         reader.place = SimpleNamespace(rows=ROWS)  # type: ignore[assignment]
     compressor: Any = SimpleNamespace(pages=torch.zeros(1))
     found = [selection for selection, _ in Selecting(compressor, own, ()).graphs()]
-    both = {"recycled", "tidal", "lessismore", "loki"}
-    assert found == [Selection(name, whole) for name in own for whole in (False, True) if whole or name in both]
+    both = {"recycled", "tidal", "lessismore", "loki", "quest"}
+    kinds = {name: [0, 1] if name in both else [1] for name in own} | {"recycled": [0, 1, 2]}
+    assert found == [Selection(name, whole) for name in own for whole in kinds[name]]
     assert [mode for mode in Mode if not own["recycled"].whole(mode)] == [Mode.REUSE]
+    assert [mode for mode in Mode if own["recycled"].whole(mode) == 2] == [Mode.CHECK]
     assert all([mode for mode in Mode if own[name].whole(mode)] == [Mode.DENSE] for name in both - {"recycled"})
 
 

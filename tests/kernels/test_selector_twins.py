@@ -211,7 +211,7 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
         naive.grow_bounds(bounds, rows, batch.cache, EVERY)
         scores = torch.full_like(before, -math.inf)
         naive.page_scores(scores, bounds, rows, batch.cache, queries, EVERY)
-        assert (scores >= before).all()
+        assert (scores >= before - 1e-4).all()  # a product of another shape may be rounded otherwise
         before = scores
     assert torch.equal(bounds[pages], expected[pages])
 

@@ -127,6 +127,22 @@ def test_slot_attention(batch: Batch, with_logits: bool, monkeypatch: pytest.Mon
     assert_attends(batch, batch.queries(), 50, with_logits)
 
 
+def test_page_attention(batch: Batch) -> None:
+    queries, n = batch.queries(), len(batch.rows) * batch.cache.geometry.num_kv_heads
+    pages = torch.zeros(n, max(1, batch.columns), dtype=torch.int32, device=batch.device)
+    lengths = torch.zeros(n, dtype=torch.int32, device=batch.device)
+    naive.full_rows(pages, lengths, batch.rows, batch.cache, SELECT | REUSE)
+    out, most = (
+        torch.full(queries.shape, float(UNTOUCHED), dtype=queries.dtype, device=batch.device),
+        int(lengths.max()),
+    )
+    given = queries, pages, lengths, batch.rows, batch.cache, SELECT | REUSE, most
+    results = [outputs[0] for outputs in both("page_attention", [out], *given)]
+    tolerance = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}[out.dtype] * batch.quant.value
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    assert (results[0] != UNTOUCHED).any(), "no row was attended"
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 64])
 def test_number_of_splits_does_not_matter(small: Batch, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_TOKENS": 16, "_LOGITS": 32, "_MAX_SPLITS": splits, "_PROGRAMS": 10**6}.items():
