@@ -94,7 +94,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
         return found, steps
 
     dense, _ = answers(PLAIN)
-    for cell in [PLAIN, *cells]:
+    for cell in cells:
         began = time.perf_counter()
         found, steps = (dense, Counter[str]()) if cell is PLAIN else answers(cell)
         seconds = time.perf_counter() - began
@@ -103,7 +103,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
 
 
 def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None:
-    """One row for every cell, and one for dense attention once more: what repeating it changes."""
+    """One row for every cell; that of `dense again` is what repeating a request changes."""
     prompts = open_prompts(driver.engine.tokenizer, args.tokens, args.kl_prompts, args.seed)
     longest(prompts, args.kl_tokens, driver.engine.max_model_len)
     told: list[list[Array]] = [[] for _ in prompts]
@@ -115,7 +115,7 @@ def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None
 
     limits = {"max_tokens": args.kl_tokens, "logprobs": -1}
     dense, _ = driver.run(prompts, [PLAIN] * len(prompts), keep, **limits)
-    for group in together([AGAIN, *cells]):
+    for group in together(cells):
         asked = [(cell, index) for cell in group for index in range(len(prompts))]
         found: list[list[float]] = [[] for _ in asked]
         parted = [False] * len(asked)
@@ -157,11 +157,11 @@ def kl_summary(found: Sequence[Sequence[float]], parted: Sequence[bool]) -> Row:
         "mean": float(values.mean()), "median": float(np.median(values)), "p90": float(np.quantile(values, 0.9)),
         "largest": float(values.max()), "same_choice": 1 - sum(parted) / len(values),
         "by_prompt": [statistics.fmean(own) if own else None for own in found],
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 def agreement(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None:
-    """One row for every cell, and the noise floor; a request ends where it parts from dense."""
+    """One row for every cell; a request ends where it parts from dense."""
     length, tokenizer = args.output_tokens, driver.engine.tokenizer
     prompts = open_prompts(tokenizer, args.agreement_prompt, args.agreement_prompts * (1 + OTHERS), args.seed + 1)
     longest(prompts, length, driver.engine.max_model_len)
@@ -193,9 +193,8 @@ def agreement(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) 
         parts = [first[number * len(own) : (number + 1) * len(own)] for number in range(len(group))]
         add({**named(AGREEMENT, c), **spread(p, length), **common} for c, p in zip(group, parts, strict=True))
 
-    measure([BESIDE], others)
     for group in together(cells):
-        measure(group)
+        measure(group, others if group == [BESIDE] else ())
 
 
 def spread(first: Sequence[int], length: int) -> Row:
@@ -211,4 +210,5 @@ def spread(first: Sequence[int], length: int) -> Row:
     }  # fmt: skip
 
 
-SECTIONS = {NEEDLES: needles, KL: kl, AGREEMENT: agreement}
+SECTIONS = {NEEDLES: (needles, PLAIN), KL: (kl, AGAIN), AGREEMENT: (agreement, BESIDE)}
+"""What measures a section's cells, and the dense one among them."""
