@@ -19,6 +19,8 @@ ANSWER_TOKENS = {PASSKEY: 24, MULTI_KEY: 24, LATE: 120, LIST: 100}
 LEAST_TOKENS = {LATE: 120}
 """Left alone, small models end their answer when they have counted."""
 DEPTHS = 8
+FAR = 0.75
+"""Keys in this first share of a prompt are far back: a window of the last tokens doesn't hold them."""
 COUNT = " ".join(str(number) for number in range(1, 31))
 LATE_QUESTION = f"Count from 1 to 30, then write the pass key for {{name}}: {COUNT}. The pass key for {{name}} is"
 LIST_QUESTION = "List all the pass keys in the text with their names, in the order of the text."
@@ -33,11 +35,13 @@ class KeyPrompt:
 
     Attributes:
         keys: all numbers that a right answer holds.
+        far: those that are far back.
     """
 
     task: str
     prompt: list[int]
     keys: tuple[str, ...]
+    far: frozenset[str] = frozenset()
 
     def found(self, text: str) -> frozenset[str]:
         """The keys that an answer names, each as a number of its own."""
@@ -49,6 +53,12 @@ def encode(tokenizer: Any, content: str) -> list[int]:
     return list(tokenizer(render(tokenizer, content), add_special_tokens=False)["input_ids"])
 
 
+def ask(tokenizer: Any, task: str, content: str, keys: tuple[str, ...]) -> KeyPrompt:
+    """The prompt of a user message with these keys in it."""
+    far = frozenset(key for key in keys if content.rindex(key) < FAR * len(content))
+    return KeyPrompt(task, encode(tokenizer, content), keys, far)
+
+
 def key_prompts(tokenizer: Any, tokens: int, documents: int, keys: int, seed: int) -> list[KeyPrompt]:
     """Of every task as many as there are documents, each of about that many tokens; `passkey` and `late` ask of the
     same documents, and so do `multi-key` and `list`."""
@@ -56,13 +66,13 @@ def key_prompts(tokenizer: Any, tokens: int, documents: int, keys: int, seed: in
     for case in make_suite(tokenizer, tokens - ROOM, documents, DEPTHS, seed):
         name = case.question.removeprefix("What is the pass key for ").partition("?")[0]
         late = LATE_QUESTION.format(name=name)
-        found.append(KeyPrompt(PASSKEY, encode(tokenizer, case.content), (case.answer,)))
-        found.append(KeyPrompt(LATE, encode(tokenizer, f"{case.document}\n\n{late}"), (case.answer,)))
+        found.append(ask(tokenizer, PASSKEY, case.content, (case.answer,)))
+        found.append(ask(tokenizer, LATE, f"{case.document}\n\n{late}", (case.answer,)))
     for document in range(documents):
         case = make_multikey(tokenizer, tokens - ROOM, keys, seed * 100_000 + document)
         every = tuple(re.findall(r"The pass key for \w+ is (\d+)\.", case.document))
-        found.append(KeyPrompt(MULTI_KEY, encode(tokenizer, case.content), (case.answer,)))
-        found.append(KeyPrompt(LIST, encode(tokenizer, f"{case.document}\n\n{LIST_QUESTION}"), every))
+        found.append(ask(tokenizer, MULTI_KEY, case.content, (case.answer,)))
+        found.append(ask(tokenizer, LIST, f"{case.document}\n\n{LIST_QUESTION}", every))
     return sorted(found, key=lambda prompt: list(ANSWER_TOKENS).index(prompt.task))
 
 

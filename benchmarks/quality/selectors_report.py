@@ -43,13 +43,17 @@ def lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def needles_table(rows: Sequence[Row]) -> str:
-    """Keys found of those that dense finds; the dense line tells these, and how many there are."""
+    """Keys found of those that dense finds, and so of those far back; the dense line tells how many there are."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     body = []
     for label, tokens in dict.fromkeys((row["label"], row["tokens"]) for row in rows):
         own = {row["task"]: row for row in rows if (row["label"], row["tokens"]) == (label, tokens)}
         dense = next(iter(own.values()))["kind"] == "dense"
-        cells = [f"{own[task]['found']}/{own[task]['keys' if dense else 'dense']}" for task in tasks]
+        whole = "keys" if dense else "dense"
+        cells = [
+            f"{row['found']}/{row[whole]}, {row['far_found']}/{row['far_' + whole]}"
+            for row in (own[task] for task in tasks)
+        ]
         body.append([title(label), str(tokens or "all"), *cells])
     return lines(["", "K", *tasks], body)
 

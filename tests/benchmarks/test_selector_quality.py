@@ -95,6 +95,7 @@ def test_prompts_ask_for_keys_that_are_in_them(tokenizer: Tokenizer) -> None:
         assert all(key in text for key in prompt.keys)
         assert len(prompt.keys) == (3 if prompt.task == LIST else 1)
         assert (COUNT in text) == (prompt.task == LATE)
+    assert [bool(prompt.far) for prompt in prompts[:2]] == [True, False]  # first and last depth
     passkey, late = prompts[0], prompts[4]
     same = next(i for i, (a, b) in enumerate(zip(passkey.prompt, late.prompt, strict=False)) if a != b)
     assert same > 0.9 * len(passkey.prompt) and passkey.keys == late.keys
@@ -129,12 +130,13 @@ def test_divergence_by_hand() -> None:
 
 
 def test_keys_that_dense_misses_do_not_count() -> None:
-    prompts = [KeyPrompt(PASSKEY, [], ("11111",)), KeyPrompt(LIST, [], ("22222", "33333"))]
-    dense = [frozenset({"11111"}), frozenset({"22222"})]
+    far = frozenset({"22222", "33333"})
+    prompts = [KeyPrompt(PASSKEY, [], ("11111",)), KeyPrompt(LIST, [], ("22222", "33333", "44444"), far)]
+    dense = [frozenset({"11111"}), frozenset({"22222", "44444"})]
     rows = sections.key_rows(prompts, dense, [frozenset(), frozenset({"22222", "33333"})])
     assert rows == [
-        {"task": PASSKEY, "keys": 1, "dense": 1, "found": 0},
-        {"task": LIST, "keys": 2, "dense": 1, "found": 1},
+        {"task": PASSKEY, "keys": 1, "dense": 1, "found": 0, "far_keys": 0, "far_dense": 0, "far_found": 0},
+        {"task": LIST, "keys": 3, "dense": 2, "found": 1, "far_keys": 2, "far_dense": 1, "far_found": 1},
     ]
 
 
@@ -142,16 +144,18 @@ def test_divergence_is_taken_behind_the_first_token_and_up_to_where_answers_part
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sections, "open_prompts", lambda *_: [[0], [1]])
-    dense = [[5, 6, 7, 8], [5, 6]]
+    dense, names = [[5, 6, 7, 8], [5, 6]], ("dense", "dense again", "quest", "tidal")
     driver: Any = FakeDriver(
-        {"dense": dense, "quest": [[5, 6, 9, 8], [5, 6]], "tidal": dense},
-        {"dense": [logs(0.5, 0.5)] * 2, "quest": [logs(0.25, 0.75)] * 2, "tidal": [logs(0.5, 0.5)] * 2},
+        {"dense": dense, "dense again": dense, "quest": [[5, 6, 9, 8], [5, 6]], "tidal": dense},
+        {name: [logs(0.25, 0.75) if name == "quest" else logs(0.5, 0.5)] * 2 for name in names},
     )
     rows: list[dict[str, Any]] = []
     args = Namespace(tokens=1, kl_prompts=2, kl_tokens=4, seed=0)
-    sections.kl(driver, [QUEST, TIDAL], args, rows.extend)
+    sections.kl(driver, [sections.AGAIN, QUEST, TIDAL], args, rows.extend)
     value = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    quest, tidal = rows
+    again, quest, tidal = rows
+    assert (again["prompts"], again["compared"], again["mean"]) == (12, 24, 0)
+    assert driver.batches[1:] == [["dense again"] * 12, ["quest"] * 2, ["tidal"] * 2]
     assert (quest["compared"], quest["parted"], quest["same_choice"]) == (3, 1, pytest.approx(2 / 3, abs=1e-4))
     assert quest["mean"] == quest["median"] == pytest.approx(value, rel=1e-3)
     assert (tidal["compared"], tidal["parted"], tidal["mean"], tidal["same_choice"]) == (4, 0, 0, 1)
@@ -190,7 +194,8 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path, capsys: pytest.Cap
 def report_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for cell, found in ((PLAIN, 30), (QUEST, 29)):
-        rows.append({**sections.named("needles", cell), "task": PASSKEY, "keys": 32, "dense": 30, "found": found})
+        keys = {"keys": 32, "dense": 30, "found": found, "far_keys": 24, "far_dense": 23, "far_found": found - 8}
+        rows.append({**sections.named("needles", cell), "task": PASSKEY, **keys})
     for cell, value in ((sections.AGAIN, 1e-5), (QUEST, 0.01), (TIDAL, 0.02)):
         rows.append({**sections.named("kl", cell), **sections.kl_summary([[value, value], [value]], [False, True])})
     for cell, first in ((sections.BESIDE, [100, 100]), (QUEST, [10, 100])):
@@ -200,8 +205,8 @@ def report_rows() -> list[dict[str, Any]]:
 
 def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     text = markdown(report_rows())
-    assert "| dense | all | 30/32 |" in text
-    assert "| quest | 512 | 29/30 |" in text
+    assert "| dense | all | 30/32, 22/24 |" in text
+    assert "| quest | 512 | 29/30, 21/23 |" in text
     assert "| tidal | 0.02, 0.02 (3) |" in text
     assert "| quest | 512 | 10 | 32 | 55 | 78 | 100 | 50% |" in text
     settings = {
