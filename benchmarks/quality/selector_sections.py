@@ -34,8 +34,10 @@ from benchmarks.quality.summary import rounded
 NEEDLES, KL, AGREEMENT = "needles", "kl", "agreement"
 AGAIN = Cell(DENSE, "dense again", 0, {})
 BESIDE = Cell(DENSE, "dense beside others", 0, {})
+COPIES = 6
+"""How often each prompt is answered densely again: a batch as large as those of selectors."""
 OTHERS = 2
-"""How many other requests there are to each of the noise floor's."""
+"""Likewise, how many other requests there are to each of the noise floor's."""
 Row = dict[str, Any]
 Add = Callable[[Iterable[Row]], None]
 
@@ -62,7 +64,7 @@ def divergence(dense: Array, other: Array) -> float:
 def key_rows(
     prompts: Sequence[KeyPrompt], dense: Sequence[frozenset[str]], cell: Sequence[frozenset[str]]
 ) -> list[Row]:
-    """Of every task: keys that a cell finds among those that dense finds, out of all."""
+    """Of every task: keys that a cell finds among those that dense finds, out of all; and so of those far back."""
     rows = []
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         own = [index for index, prompt in enumerate(prompts) if prompt.task == task]
@@ -71,6 +73,9 @@ def key_rows(
             "keys": sum(len(prompts[index].keys) for index in own),
             "dense": sum(len(dense[index]) for index in own),
             "found": sum(len(dense[index] & cell[index]) for index in own),
+            "far_keys": sum(len(prompts[index].far) for index in own),
+            "far_dense": sum(len(prompts[index].far & dense[index]) for index in own),
+            "far_found": sum(len(prompts[index].far & dense[index] & cell[index]) for index in own),
         })  # fmt: skip
     return rows
 
@@ -94,7 +99,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
         return found, steps
 
     dense, _ = answers(PLAIN)
-    for cell in [PLAIN, *cells]:
+    for cell in cells:
         began = time.perf_counter()
         found, steps = (dense, Counter[str]()) if cell is PLAIN else answers(cell)
         seconds = time.perf_counter() - began
@@ -103,7 +108,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
 
 
 def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None:
-    """One row for every cell, and one for dense attention once more: what repeating it changes."""
+    """One row for every cell; that of `dense again` is the noise of a larger batch."""
     prompts = open_prompts(driver.engine.tokenizer, args.tokens, args.kl_prompts, args.seed)
     longest(prompts, args.kl_tokens, driver.engine.max_model_len)
     told: list[list[Array]] = [[] for _ in prompts]
@@ -115,28 +120,31 @@ def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None
 
     limits = {"max_tokens": args.kl_tokens, "logprobs": -1}
     dense, _ = driver.run(prompts, [PLAIN] * len(prompts), keep, **limits)
-    for group in together([AGAIN, *cells]):
-        asked = [(cell, index) for cell in group for index in range(len(prompts))]
+
+    def measure(group: Sequence[Cell]) -> None:
+        copies = COPIES if group == [AGAIN] else 1
+        asked = [(cell, index) for cell in group for _ in range(copies) for index in range(len(prompts))]
         found: list[list[float]] = [[] for _ in asked]
         parted = [False] * len(asked)
 
         def compare(request: int, step: int, token: int, logprobs: Array | None) -> bool:
-            index = asked[request][1]  # noqa: B023 - called within this turn
+            index = asked[request][1]
+            same = token == dense[index][step]
             if step:
                 assert logprobs is not None
-                found[request].append(divergence(told[index][step], logprobs))  # noqa: B023
-            parted[request] = token != dense[index][step]  # noqa: B023
-            return not parted[request]  # noqa: B023
+                found[request].append(divergence(told[index][step], logprobs))
+                parted[request] = not same
+            return same
 
         began = time.perf_counter()
-        _, steps = driver.run([prompts[i] for _, i in asked], [c for c, _ in asked], compare, **limits)
-        seconds = time.perf_counter() - began
-        rows = []
-        for number, cell in enumerate(group):
-            own = slice(number * len(prompts), (number + 1) * len(prompts))
-            summary = kl_summary(found[own], parted[own])
-            rows.append({**named(KL, cell), **summary, "group_steps": dict(steps), "group_seconds": round(seconds, 1)})
-        add(rows)
+        _, steps = driver.run([prompts[index] for _, index in asked], [cell for cell, _ in asked], compare, **limits)
+        common = {"group_steps": dict(steps), "group_seconds": round(time.perf_counter() - began, 1)}
+        each = len(prompts) * copies
+        parts = [slice(number * each, (number + 1) * each) for number in range(len(group))]
+        add({**named(KL, c), **kl_summary(found[p], parted[p]), **common} for c, p in zip(group, parts, strict=True))
+
+    for group in together(cells):
+        measure(group)
 
 
 def kl_summary(found: Sequence[Sequence[float]], parted: Sequence[bool]) -> Row:
@@ -144,7 +152,7 @@ def kl_summary(found: Sequence[Sequence[float]], parted: Sequence[bool]) -> Row:
 
     Args:
         found: divergences by prompt.
-        parted: whether the last step's token differs.
+        parted: whether the last of these steps' token differs.
 
     Raises:
         ValueError: no step was compared.
@@ -161,7 +169,7 @@ def kl_summary(found: Sequence[Sequence[float]], parted: Sequence[bool]) -> Row:
 
 
 def agreement(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None:
-    """One row for every cell, and the noise floor; a request ends where it parts from dense."""
+    """One row for every cell; a request ends where it parts from dense."""
     length, tokenizer = args.output_tokens, driver.engine.tokenizer
     prompts = open_prompts(tokenizer, args.agreement_prompt, args.agreement_prompts * (1 + OTHERS), args.seed + 1)
     longest(prompts, length, driver.engine.max_model_len)
@@ -193,9 +201,8 @@ def agreement(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) 
         parts = [first[number * len(own) : (number + 1) * len(own)] for number in range(len(group))]
         add({**named(AGREEMENT, c), **spread(p, length), **common} for c, p in zip(group, parts, strict=True))
 
-    measure([BESIDE], others)
     for group in together(cells):
-        measure(group)
+        measure(group, others if group == [BESIDE] else ())
 
 
 def spread(first: Sequence[int], length: int) -> Row:
@@ -211,4 +218,5 @@ def spread(first: Sequence[int], length: int) -> Row:
     }  # fmt: skip
 
 
-SECTIONS = {NEEDLES: needles, KL: kl, AGREEMENT: agreement}
+SECTIONS = {NEEDLES: (needles, PLAIN), KL: (kl, AGAIN), AGREEMENT: (agreement, BESIDE)}
+"""What measures a section's cells, and the dense one among them."""

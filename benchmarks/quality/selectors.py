@@ -138,16 +138,18 @@ def run(engine: InProcessEngine, args: argparse.Namespace, results: Results, say
     driver = Driver(engine, states)
     for section in args.sections:
         policies = args.policies if section == NEEDLES else []
-        cells = make_cells(args.selectors, policies, args.budgets or BUDGETS[section])
+        measure, dense = SECTIONS[section]
+        cells = [dense, *make_cells(args.selectors, policies, args.budgets or BUDGETS[section])]
         left = [cell for cell in cells if not results.has(section, cell.kind, cell.label, cell.tokens)]
         say(f"{section}: {len(left)} of {len(cells)} cells to do")
         if left:
-            SECTIONS[section](driver, left, args, results.add)
+            measure(driver, left, args, results.add)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, flags = arguments().parse_known_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from attention_plugins.decode.registry import selectors
     from benchmarks.quality.run import commit
     from benchmarks.quality.selector_engine import make_cells
     from server.embedded import EmbeddedModelError
@@ -159,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {**vars(args), "model": model, "calibrated": args.calibration is not None, "flags": flags}
     try:
         names = list(dict.fromkeys(cell.name for cell in make_cells(args.selectors, [], [512])))
+        if not args.calibration and (lacking := [name for name in names if selectors()[name].needs_calibration]):
+            raise ValueError(f"{', '.join(lacking)}: only with --calibration FILE, written by `longreach calibrate`")
         engine = start(args, flags, names)
         settings = {**{name: known[name] for name in WORTH}, "device": engine.device, "vllm": engine.version}
         run(engine, args, Results(args.output, settings, source), lambda line: print(line, file=sys.stderr))
