@@ -154,7 +154,10 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         """Say what a request's step reads where it has a selector, and one token behind its prompt."""
         request, compression = self.requests[request_id], self.compressions[request_id]
         context = request.num_computed_tokens
-        if num_scheduled != 1 or context <= request.num_prompt_tokens:
+        if context <= request.num_prompt_tokens:
+            return
+        if num_scheduled != 1 or request.is_prefill_chunk:
+            self.reads.forget(request_id)  # an answer's replay, in chunks of any size: no reader sees these tokens
             return
         page_size, first_block, held = self.kv_blocks.block_size, 0, context
         if compression.plan and compression.boundary:

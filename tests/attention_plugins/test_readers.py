@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from attention_plugins import naive
 from attention_plugins.decode.base import Place
 from attention_plugins.decode.registry import selectors
 from attention_plugins.decode.settings import DecodeSettings, score_bytes, score_capacity
+from attention_plugins.decode.tidal import TidalReader
 from attention_plugins.naive.paged_attention import read_pages
+from attention_plugins.vllm_adapter import readers as worker_readers
 from attention_plugins.vllm_adapter.readers import (
     blocks_beside_readers,
     make_readers,
@@ -130,16 +134,32 @@ def test_settings_travel_in_vllms_configuration() -> None:
     assert DecodeSettings.of(words) == DecodeSettings(("quest", "loki"), 12, "file")
 
 
-def test_calibrations_are_read(tmp_path: Any) -> None:
-    from safetensors.torch import save_file
-
-    assert read_calibration(DecodeSettings(), 2) == {}
-    file = tmp_path / "found.safetensors"
-    save_file({"tidal.layers": torch.tensor([3, 5])}, file)
-    found = read_calibration(DecodeSettings(calibration=str(file)), 2)
+@pytest.mark.parametrize(
+    ("rank", "ranks", "heads", "expected"),
+    [(0, 1, 4, [0, 1, 2, 3]), (1, 2, 2, [2, 3]), (3, 4, 1, [3]), (3, 8, 1, [1]), (7, 8, 1, [3])],
+)
+def test_a_calibration_is_read_for_a_ranks_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int, heads: int, expected: list[int]
+) -> None:
+    """Where there are more ranks than heads, two and two have the same one."""
+    monkeypatch.setattr(worker_readers, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(worker_readers, "get_tensor_model_parallel_world_size", lambda: ranks)
+    file, basis = tmp_path / "found.safetensors", torch.randn(2, 4, 8, 3)
+    save_file({"tidal.layers": torch.tensor([3, 5]), "loki.basis": basis}, file)
+    found = read_calibration(DecodeSettings(calibration=str(file)), heads)
+    assert torch.equal(found["loki.basis"], basis[:, expected])
     assert found["tidal.layers"].tolist() == [3, 5]
+    assert read_calibration(DecodeSettings(), heads) == {}
+
+
+@pytest.mark.parametrize(
+    ("layers", "rule"), [(32, (2, 13)), (36, (2, 15)), (16, (2, 6)), (4, (2,)), (3, (1, 2)), (1, (0,))]
+)
+def test_layers_that_choose_for_others(layers: int, rule: tuple[int, ...]) -> None:
+    """The model's, where they were measured; else by the shipped rule."""
     words = settings(("tidal", "lessismore"))
-    where = replace(place(words), calibration=found)
+    where = replace(place(words, layers=layers), calibration={"tidal.layers": torch.tensor([3, 5])})
     readers = make_readers(words, where, naive, read_pages)
-    assert readers["tidal"].selecting == (3, 5), "of the model"  # type: ignore[attr-defined]
-    assert readers["lessismore"].selecting == (1,), "by rule"  # type: ignore[attr-defined]
+    tidal, lessismore = (readers[name] for name in words.selectors)
+    assert isinstance(tidal, TidalReader) and isinstance(lessismore, TidalReader)
+    assert (tidal.selecting, lessismore.selecting) == ((3, 5), rule)

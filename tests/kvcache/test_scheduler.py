@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from attention_plugins.decode.rows import Mode
+from attention_plugins.decode.schedule import Prepare, Read, ReadSchedule
+from attention_plugins.decode.settings import DecodeSettings
 from kvcache.orders import Compact, CompactionReport
 from kvcache.plan import RetentionPlan
 from kvcache.usage import CompressionTotals
@@ -18,6 +21,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvcache.vllm_adapter.orders import StepOrders
 from kvcache.vllm_adapter.scheduler import CompressionScheduler, _Compression
 
 PAGE = 16
@@ -38,16 +42,18 @@ class Alone(CompressionScheduler):
         self.block_bytes = 1000
         self.compressions = {}
         self.compression_totals = CompressionTotals()
+        self.decode_settings = DecodeSettings(("recycled", "quest"))
+        self.reads = ReadSchedule(states=4, capacity=10_000, page_size=PAGE)
+        self.requests: dict[str, Any] = {}
 
     def plan(self, words: dict[str, Any] | None, prompt_len: int = 300, max_tokens: int = 500, **other: Any) -> Any:
         """Give a request its plan; the request."""
         params = SimpleNamespace(extra_args={"kv_cache": words} if words else None)
         request: Any = SimpleNamespace(
             request_id="r",
-            sampling_params=params,
             num_prompt_tokens=prompt_len,
             max_tokens=max_tokens,
-            **{"resumable": False, **other},
+            **{"sampling_params": params, "resumable": False, **other},
         )
         self._plan(request)
         return request
@@ -61,6 +67,83 @@ class Alone(CompressionScheduler):
 
 
 WORDS = {"policy": "streamingllm", "budget": 100, "interval": 64, "suffix": 20}
+
+
+class Reading(Alone):
+    """A request with a selector, 100 tokens of prompt and as many blocks as it wants."""
+
+    def __init__(self, words: dict[str, Any], policy: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.kv_blocks.own_answers = {}
+        asked = {"decode_attention": {"tokens": 32, "min_context": 0, **words}, "kv_cache": policy or {}}
+        self.request = self.plan(None, 100, sampling_params=SimpleNamespace(extra_args=asked))
+        self.requests["r"] = self.request
+        self.kv_blocks.req_to_blocks["r"] = [SimpleNamespace(block_id=1000 + number) for number in range(40)]
+
+    def step(self, context: int, scheduled: int = 1, known: int | None = None) -> StepOrders:
+        """A step after which so many tokens are computed, of those known."""
+        self.request.num_computed_tokens = context
+        self.request.is_prefill_chunk = context < (known or context)
+        orders = StepOrders()
+        self.reads.begin_step()
+        self._read(orders, "r", scheduled)
+        return orders
+
+    def modes(self, contexts: range) -> list[Mode]:
+        return [self.step(context).reads["r"].mode for context in contexts]
+
+
+RECYCLED = {"selector": "recycled", "stride": 50}
+
+
+def test_answers_are_read_by_their_selector() -> None:
+    """From the first token behind the prompt, however its chunks were cut."""
+    scheduler = Reading(RECYCLED)
+    for context, scheduled in ((60, 60), (99, 39), (100, 1)):
+        assert not scheduler.step(context, scheduled)
+    assert scheduler.step(101).reads == {"r": Read("r", "recycled", Mode.SELECT, 101, 32, 0.0, 0)}
+    assert scheduler.modes(range(102, 104)) == [Mode.REUSE] * 2
+    assert scheduler.kv_blocks.own_answers == {"r": 100}
+
+
+@pytest.mark.parametrize("known", [None, 117])
+@pytest.mark.parametrize("words", [RECYCLED, {"selector": "quest"}])
+def test_a_replayed_answer_is_read_whole(words: dict[str, Any], known: int | None) -> None:
+    """Also where the token budget of a step has cut off a single token; what was selected before is not there then."""
+    scheduler = Reading(words)
+    before = scheduler.step(101)
+    assert not scheduler.step(102).prepare
+    if known:
+        assert not scheduler.step(103, 1, known)
+    assert not scheduler.step(117, 117 - 103)
+    after = scheduler.step(118)
+    assert after.reads["r"].mode is Mode.SELECT and len(after.prepare) == len(before.prepare)
+
+
+def test_a_selectors_reader_is_shown_the_blocks_that_are_filled() -> None:
+    """And the one that this step's token begins."""
+    scheduler = Reading({"selector": "quest"})
+    assert scheduler.step(113).prepare == [Prepare("r", "quest", -1, [*range(1000, 1008)], 0, 112)]
+    scheduler.reads.forget("r")
+    assert scheduler.step(128).prepare == [Prepare("r", "quest", -1, [*range(1000, 1008)], 0, 127)]
+
+
+def test_a_compacted_requests_reader_is_shown_what_it_holds() -> None:
+    """Blocks behind the compaction; how much a head holds says whether it selects."""
+    scheduler = Reading({"selector": "quest", "tokens": 44}, {"policy": "streamingllm", "budget": 48})
+    plan = scheduler.compressions["r"].plan
+    assert plan and (plan.full_pages, plan.kept_pages) == (6, 3)
+    scheduler.compressions["r"].boundary = 100
+    assert scheduler.step(101).prepare == [Prepare("r", "quest", -1, [1006], 6, 100)]
+    scheduler = Reading({"selector": "quest", "tokens": 53}, {"policy": "streamingllm", "budget": 48})
+    scheduler.compressions["r"].boundary = 100
+    assert not scheduler.step(101), "3 pages and 5 tokens"
+    assert scheduler.step(102).reads
+
+
+def test_selectors_that_the_server_has_not_enabled_are_left_out() -> None:
+    scheduler = Reading({"selector": "loki"})
+    assert not scheduler.step(101) and scheduler.kv_blocks.own_answers == {}
 
 
 def test_a_plan_is_the_policys() -> None:
