@@ -12,10 +12,12 @@ import torch
 from pydantic import Field
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from kvcache.method import Arguments, Method
+from kvcache.method import Arguments, Method, Odd
 from kvcache.pages import PageGeometry
 from kvcache.tables import to_device
 
+KERNEL = 21
+"""Width of the pooling of scores, as SnapKV's here: parts of a number, a name or a line are chosen together."""
 MOST_TOKENS = 4096
 """Largest K of a request: what lists of selected tokens have room for."""
 
@@ -28,6 +30,17 @@ class SelectorArgs(Arguments):
     )
     min_context: int = Field(
         16384, ge=0, description="Shorter contexts are read whole: there a selector costs more time than it saves."
+    )
+
+
+class ListArgs(SelectorArgs):
+    """Of selectors that choose single tokens by what attention gives them."""
+
+    kernel: Odd = Field(
+        KERNEL,
+        ge=1,
+        le=127,
+        description="Tokens over which scores are max-pooled before the choice; odd, 1: not at all.",
     )
 
 
@@ -60,6 +73,11 @@ class Selector(Method):
 
     def __init__(self, args: SelectorArgs) -> None:
         self.args = args
+
+    @property
+    def pooling(self) -> int:
+        """Over how many places to either side a token's score counts for others."""
+        return int(getattr(self.args, "kernel", 1)) // 2
 
     @property
     def threshold(self) -> float:
@@ -127,11 +145,13 @@ class Buffers:
         pages: int32 [rows * num_kv_heads, width], a layer's page table.
         lengths: int32 [rows * num_kv_heads].
         scores: float32 [num_kv_heads, capacity], of tokens or pages.
+        pooled: the same, pooled.
     """
 
     pages: torch.Tensor
     lengths: torch.Tensor
     scores: torch.Tensor
+    pooled: torch.Tensor
 
     @classmethod
     def make(cls, place: Place) -> Buffers:
@@ -140,11 +160,12 @@ class Buffers:
             torch.zeros(place.rows * heads, place.width, dtype=torch.int32, device=device),
             torch.zeros(place.rows * heads, dtype=torch.int32, device=device),
             torch.zeros(heads, place.capacity, device=device),
+            torch.zeros(heads, place.capacity, device=device),
         )
 
     @staticmethod
     def nbytes(place: Place) -> int:
-        return 4 * place.geometry.num_kv_heads * (place.rows * (place.width + 1) + place.capacity)
+        return 4 * place.geometry.num_kv_heads * (place.rows * (place.width + 1) + 2 * place.capacity)
 
 
 ReadPages = Callable[..., torch.Tensor]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from attention_plugins.decode.base import Place, Selector
+from attention_plugins.decode.base import ListArgs, Place, Selector
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.decode.tidal import TidalReader
 
@@ -73,8 +73,8 @@ class LessIsMoreReader(TidalReader):
         lists = 4 * place.rows * place.geometry.num_kv_heads * (place.tokens + 1)
         return super().nbytes(place) + lists + 8 * (place.capacity + 1 + place.tokens // RECENT + SINKS)
 
-    def select(self, rows: DecodeRows, cache: LayerCache) -> None:
-        n, scores, device = len(rows), self.buffers.scores, self.place.device
+    def select(self, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> None:
+        n, device = len(rows), self.place.device
         chosen, last = shares(rows.tokens.long())
         length, start = rows.seq_lens.long(), rows.starts.long()
         selects = rows.modes == int(Mode.SELECT)
@@ -138,3 +138,6 @@ class LessIsMore(Selector):
     reader = LessIsMoreReader
     with_policies = False
     with_tensor_parallel = False
+
+    class Args(ListArgs):
+        """See `ListArgs`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.evidence import dequantise
 
@@ -45,9 +45,10 @@ class RecycledReader(Reader):
         if whole:
             rows = self._checked(queries, rows, cache) if whole > 1 else rows
             lse = self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
-            scores = self.buffers.scores
+            scores, pooled = self.buffers.scores, self.buffers.pooled
             self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
-            self.ops.top_slots(slots, counts, scores, rows, cache, Mode.SELECT, into=rows.places)
+            self.ops.pool_scores(pooled, scores, rows, cache, Mode.SELECT)
+            self.ops.top_slots(slots, counts, pooled, rows, cache, Mode.SELECT, into=rows.places)
         self.ops.append_newest(slots, counts, rows.places, rows, cache, Mode.REUSE)
         logits = self.logits[: len(rows)]
         self.ops.slot_attention(out, queries, slots, counts, rows.places, rows, cache, Mode.REUSE, logits=logits)
@@ -90,7 +91,7 @@ class Recycled(Selector):
     reader = RecycledReader
     keeps_state = True
 
-    class Args(SelectorArgs):
+    class Args(ListArgs):
         stride: int = Field(50, ge=1, le=1 << 20, description="Steps from one full step to the next; 1: all are full.")
         similarity: float = Field(
             0.0, ge=0, le=1, description="Choose anew where a query's cosine to the one that chose is lower; 0: never."

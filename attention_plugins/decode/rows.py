@@ -43,6 +43,7 @@ class DecodeRows:
         starts: int32 [n], the row's first column in a buffer of scores, a multiple of the page size; columns up to the
             next row's start are its own, at least as many as its logical length in whole pages.
         places: int32 [n], which of the selector's per-request states is the row's; -1 for none.
+        pooling: int32 [n], over how many places to either side a token's score counts for others; 0: for itself alone.
         thresholds: float32 [n], one more number of the request's, which its selector knows the meaning of.
     """
 
@@ -54,6 +55,7 @@ class DecodeRows:
     tokens: torch.Tensor
     starts: torch.Tensor
     places: torch.Tensor
+    pooling: torch.Tensor
     thresholds: torch.Tensor
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ class Read:
     Attributes:
         context: logical length, the step's token included.
         tokens: K.
+        pooling, threshold: see `DecodeRows`.
         place: of its state; -1 for selectors that keep none.
         prepare: whether the reader has to see its cache first. Not for workers.
     """
@@ -33,6 +34,7 @@ class Read:
     tokens: int
     threshold: float
     place: int
+    pooling: int = 0
     prepare: bool = False
 
 
@@ -132,8 +134,8 @@ class ReadSchedule:
         request.since = 1 if mode & Mode.SELECT or request.since is None else request.since + 1
         prepare, request.prepared = selector.prepares and not request.prepared, True
         place = -1 if request.place is None else request.place
-        tokens, threshold = selector.args.tokens, selector.threshold
-        return Read(request_id, selector.name, mode, context, tokens, threshold, place, prepare)
+        own = selector.args.tokens, selector.threshold, place, selector.pooling
+        return Read(request_id, selector.name, mode, context, *own, prepare)
 
     def _has_room(self, request: _Request, context: int) -> bool:
         """Take this row's part of what workers have for a step, and for a request."""

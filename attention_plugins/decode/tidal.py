@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attention_plugins.decode.base import Place, Reader, Selector
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 
 FIRST_SELECTION = 2
@@ -59,8 +59,10 @@ class TidalReader(Reader):
         if cache.layer < self.selecting[0] or cache.layer in self.selecting:
             lse = self.read_whole(out, queries, rows, cache, Mode.DENSE | Mode.SELECT)
             if cache.layer in self.selecting:
-                self.ops.token_scores(self.buffers.scores, rows, cache, queries, Mode.SELECT, lse=lse)
-                self.select(rows, cache)
+                scores, pooled = self.buffers.scores, self.buffers.pooled
+                self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
+                self.ops.pool_scores(pooled, scores, rows, cache, Mode.SELECT)
+                self.select(pooled, rows, cache)
             return
         if whole:
             self.read_whole(out, queries, rows, cache, Mode.DENSE)
@@ -69,11 +71,11 @@ class TidalReader(Reader):
         counts = counts.expand(-1, slots.shape[1]).contiguous()
         self.ops.slot_attention(out, queries, slots, counts, own, rows, cache, Mode.SELECT)
 
-    def select(self, rows: DecodeRows, cache: LayerCache) -> None:
+    def select(self, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> None:
         """Choose from the layer's scores what the layers behind it read."""
         n = len(rows)
         chosen, counts, own = self.chosen[:n], self.counts[:n], self.own[:n]
-        self.ops.top_slots(chosen, counts, self.buffers.scores, rows, cache, Mode.SELECT, into=own, as_places=True)
+        self.ops.top_slots(chosen, counts, scores, rows, cache, Mode.SELECT, into=own, as_places=True)
 
 
 class Tidal(Selector):
@@ -94,3 +96,6 @@ class Tidal(Selector):
     paper = "arXiv 2410.05076"
     reader = TidalReader
     with_policies = False
+
+    class Args(ListArgs):
+        """See `ListArgs`."""

@@ -6,7 +6,7 @@ from attention_plugins.kernels.page_rows import full_rows
 from attention_plugins.kernels.places import place_slots
 from attention_plugins.kernels.quest import grow_bounds, page_scores
 from attention_plugins.kernels.recycle import append_newest, evict_least
-from attention_plugins.kernels.scores import token_scores
+from attention_plugins.kernels.scores import pool_scores, token_scores
 from attention_plugins.kernels.top import top_pages, top_slots
 from attention_plugins.naive.quest import page_bounds, write_bounds
 
@@ -20,6 +20,7 @@ __all__ = [
     "page_bounds",
     "page_scores",
     "place_slots",
+    "pool_scores",
     "slot_attention",
     "token_scores",
     "top_pages",

@@ -1,4 +1,4 @@
-"""`attention_plugins.naive.token_scores` as a kernel: as fast as the keys can be read."""
+"""`attention_plugins.naive.token_scores` as a kernel, as fast as the keys can be read, and `pool_scores`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from attention_plugins.kernels.tables import (
 )
 
 _TOKENS, _WARPS, _STAGES, _PROGRAMS = 128, 4, 3, 4096
+_POOLED = 512
 
 
 def programs_each(n: int, num_kv_heads: int, chunks: int) -> int:
@@ -94,4 +95,42 @@ def token_scores(
         scores, scores.stride(0), scale,
         **shape, **widths, MEAN=reduce == "mean", TOKENS=_TOKENS,
         num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _pool_scores(
+    table, layer, modes, want, starts, pooling, scores, pooled, stride,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if (tl.load(modes + request) & want) == 0:
+        return
+    length, _ = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
+    if program * TOKENS >= length:
+        return
+    reach, first = tl.load(pooling + request), head.to(tl.int64) * stride + tl.load(starts + request)
+    for begin in range(program * TOKENS, length, tl.num_programs(2) * TOKENS):
+        place = begin + tl.arange(0, TOKENS)
+        best = tl.full([TOKENS], float("-inf"), tl.float32)
+        for step in range(-reach, reach + 1):
+            near = place + step
+            there = (near >= 0) & (near < length)
+            best = tl.maximum(best, tl.load(scores + first + near, mask=there, other=float("-inf")))
+        tl.store(pooled + first + place, best, mask=place < length)
+
+
+def pool_scores(pooled: torch.Tensor, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
+    """See `attention_plugins.naive.pool_scores`; both have the same strides.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if pooled.stride() != scores.stride():
+        raise ValueError(f"scores of strides {scores.stride()} can't be pooled into {pooled.stride()}")
+    shape = table_shape(rows)
+    chunks = triton.cdiv(min(scores.shape[1], most_tokens(rows)), _POOLED)
+    _pool_scores[(len(rows), shape["HEADS"], programs_each(len(rows), shape["HEADS"], chunks))](
+        table_of(rows), cache.layer, rows.modes, int(want), rows.starts, rows.pooling, scores, pooled, scores.stride(0),
+        **shape, TOKENS=_POOLED, num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from attention_plugins.naive.places import place_slots
 from attention_plugins.naive.quest import grow_bounds, page_bounds, page_scores, write_bounds
 from attention_plugins.naive.recycle import append_newest, evict_least
 from attention_plugins.naive.rows import full_rows
-from attention_plugins.naive.scores import token_scores
+from attention_plugins.naive.scores import pool_scores, token_scores
 from attention_plugins.naive.top import top_pages, top_slots
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "page_bounds",
     "page_scores",
     "place_slots",
+    "pool_scores",
     "slot_attention",
     "token_scores",
     "top_pages",

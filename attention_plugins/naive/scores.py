@@ -1,10 +1,11 @@
-"""A score for every token of a row."""
+"""Scores for every token of a row."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache
 from attention_plugins.naive.sequences import Sequences, nan_first, read, real_queries, wanted_heads
@@ -39,3 +40,17 @@ def token_scores(
             each = (each - lse[row, head]).exp()
         start = int(rows.starts[row])
         scores[head, start : start + len(slots)] = nan_first(each.amax(-1) if reduce == "max" else each.mean(-1))
+
+
+def pool_scores(pooled: torch.Tensor, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
+    """The largest score among a token and its neighbours, `rows.pooling` to either side.
+
+    Args:
+        pooled, scores: float32 [num_kv_heads, columns], not the same; of wanted rows, those from `rows.starts` on.
+        want: set of `Mode`s.
+    """
+    sequences = Sequences.of(rows, cache)
+    for row, head in wanted_heads(rows, cache, want):
+        start, length, reach = int(rows.starts[row]), int(sequences.lengths[row, head]), int(rows.pooling[row])
+        own = scores[head, start : start + length]
+        pooled[head, start : start + length] = F.max_pool1d(own[None], 2 * reach + 1, 1, reach)[0]

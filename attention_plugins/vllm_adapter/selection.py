@@ -15,7 +15,7 @@ from attention_plugins.decode.schedule import Prepare, Read
 from kvcache.compressor import Compressor
 from kvcache.tables import PageTables, to_device
 
-_FIELDS = ("slots", "modes", "tokens", "starts", "places", "thresholds")
+_FIELDS = ("slots", "modes", "tokens", "starts", "places", "pooling", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,15 @@ class Selecting:
             at = self.tables.identity if slot < 0 else slot
             read = self.reads.get(name)
             if read is None:
-                fields[:5, index] = at, Mode.DENSE, 0, 0, -1
+                fields[:6, index] = at, Mode.DENSE, 0, 0, -1, 0
                 continue
-            fields[:5, index] = at, read.mode, read.tokens, start, read.place
-            fields[5, index] = np.float32(read.threshold).view(np.int32)
+            fields[:6, index] = at, read.mode, read.tokens, start, read.place, read.pooling
+            fields[6, index] = np.float32(read.threshold).view(np.int32)
             start += -(-read.context // size) * size
         return fields
 
     def _rows(self, fields: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> DecodeRows:
-        slots, modes, tokens, starts, places, thresholds = fields
+        slots, modes, tokens, starts, places, pooling, thresholds = fields
         return DecodeRows(
             self.tables,
             slots,
@@ -180,5 +180,6 @@ class Selecting:
             tokens,
             starts,
             places,
+            pooling,
             thresholds.view(torch.float32),
         )

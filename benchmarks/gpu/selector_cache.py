@@ -66,6 +66,7 @@ class FakeCache:
             tokens=numbers([0] * batch),
             starts=numbers([row * blocks * page for row in range(batch)]),
             places=numbers(list(range(batch))),
+            pooling=numbers([10] * batch),
             thresholds=torch.zeros(batch, device=device),
         )
         self.columns = batch * blocks * page

@@ -19,12 +19,17 @@ def everything(keys: torch.Tensor) -> torch.Tensor:
     return torch.ones(keys.shape[:2], dtype=torch.bool)
 
 
-def top_tokens(queries: torch.Tensor, keys: torch.Tensor, k: int, probabilities: bool) -> list[list[int]]:
-    """The newest token, and the k - 1 others that get most from some query head of the group, best first behind it."""
-    logits = queries @ keys.transpose(1, 2)
+def top_tokens(
+    queries: torch.Tensor, keys: torch.Tensor, k: int, probabilities: bool, kernel: int = 1
+) -> list[list[int]]:
+    """The newest token, and the k - 1 others that get most from some query head of the group, best first behind it; they
+    or a token near them."""
+    logits, reach = queries @ keys.transpose(1, 2), kernel // 2
     found = []
     for scores in logits.softmax(-1) if probabilities else logits:
-        best = scores.amax(0)[:-1].argsort(descending=True, stable=True)[: k - 1]
+        own = scores.amax(0)
+        near = torch.stack([own[max(0, at - reach) : at + reach + 1].max() for at in range(len(own))])
+        best = near[:-1].argsort(descending=True, stable=True)[: k - 1]
         found.append([keys.shape[1] - 1, *best.tolist()])
     return found
 
@@ -62,8 +67,8 @@ class Loki:
 class Tidal:
     """`selecting` layers choose, layers before the first read everything."""
 
-    def __init__(self, k: int, selecting: list[int]) -> None:
-        self.k, self.selecting = k, selecting
+    def __init__(self, k: int, selecting: list[int], kernel: int = 1) -> None:
+        self.k, self.selecting, self.kernel = k, selecting, kernel
         self.chosen: list[list[int]] = []
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,7 @@ class Tidal:
         return mask_of(self.chosen, keys.shape[1])
 
     def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
-        return top_tokens(queries, keys, self.k, True)
+        return top_tokens(queries, keys, self.k, True, self.kernel)
 
 
 class LessIsMore(Tidal):
@@ -82,7 +87,9 @@ class LessIsMore(Tidal):
         n, most = keys.shape[1], self.k - self.k // 4
         last = self.k - most - 4
         middle = set(range(4, n - last))
-        ranked = [[place for place in head if place in middle] for head in top_tokens(queries, keys, n, True)]
+        ranked = [
+            [place for place in head if place in middle] for head in top_tokens(queries, keys, n, True, self.kernel)
+        ]
         union: list[int] = []
         for of_all_heads in zip(*ranked, strict=True):
             for place in of_all_heads:
@@ -94,7 +101,8 @@ class LessIsMore(Tidal):
 class Recycled:
     """Lists of K tokens by layer and head; a full step chooses them, in others the newest comes and the least goes."""
 
-    def __init__(self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1) -> None:
+    def __init__(self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1, kernel: int = 1) -> None:
+        self.kernel = kernel
         self.k, self.stride, self.similarity, self.check_every = k, stride, similarity, check_every
         self.lists: dict[int, list[list[int]]] = {}
         self.queries: dict[int, torch.Tensor] = {}
@@ -110,7 +118,7 @@ class Recycled:
             likeness = torch.cosine_similarity(queries.flatten(), self.queries[layer].flatten(), dim=0)
             full = bool(likeness < self.similarity)
         if full:
-            self.lists[layer], self.queries[layer] = top_tokens(queries, keys, self.k, True), queries
+            self.lists[layer], self.queries[layer] = top_tokens(queries, keys, self.k, True, self.kernel), queries
             return everything(keys)
         n, seen = keys.shape[1], []
         for head, listed in enumerate(self.lists[layer]):

@@ -16,10 +16,10 @@ from tests.reference import Reads, Reference
 pytestmark = pytest.mark.engine
 
 SELECTORS: list[dict[str, Any]] = [
-    {"selector": "recycled", "stride": 4},
-    {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2},
-    {"selector": "tidal"},
-    {"selector": "lessismore"},
+    {"selector": "recycled", "stride": 4, "kernel": 5},
+    {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1},
+    {"selector": "tidal", "kernel": 1},
+    {"selector": "lessismore", "kernel": 3},
     {"selector": "quest"},
     {"selector": "loki"},
     {"selector": "local", "share": 0.02},
@@ -52,10 +52,10 @@ def test_few_tokens_change_the_answer(engine: Engine, selector: dict[str, Any]) 
 
 
 REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
-    (SELECTORS[0], lambda: by_hand.Recycled(96, 4)),
+    (SELECTORS[0], lambda: by_hand.Recycled(96, 4, kernel=5)),
     (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2)),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
-    (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1])),
+    (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1], kernel=3)),
     (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
     (SELECTORS[5], lambda: by_hand.Loki(96)),
     (SELECTORS[6], lambda: by_hand.Local(96, 0.02, PAGE)),

@@ -114,6 +114,7 @@ class Batch:
             tokens=numbers([row.tokens for row in self.given]),
             starts=numbers(starts),
             places=numbers([index if row.length else -1 for index, row in enumerate(self.given)]),
+            pooling=numbers([index % 4 for index in range(len(self.given))]),
             thresholds=torch.zeros(len(self.given), device=self.device),
         )
         self._write()

@@ -143,6 +143,13 @@ def test_page_attention(batch: Batch) -> None:
     assert (results[0] != UNTOUCHED).any(), "no row was attended"
 
 
+def test_pool_scores(batch: Batch) -> None:
+    scores, pooled = batch.scores(), torch.full_like(batch.scores(), float(UNTOUCHED))
+    results = [outputs[0] for outputs in both("pool_scores", [pooled], scores, batch.rows, batch.cache, SELECT | REUSE)]
+    assert torch.equal(*results)
+    assert (results[0] != UNTOUCHED).any() and not torch.equal(results[0], scores)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 64])
 def test_number_of_splits_does_not_matter(small: Batch, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_TOKENS": 16, "_LOGITS": 32, "_MAX_SPLITS": splits, "_PROGRAMS": 10**6}.items():
