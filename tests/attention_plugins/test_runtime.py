@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from attention_plugins.decode.rows import Mode
+from attention_plugins.decode.schedule import Prepare, Read
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for, set_runtime
-from attention_plugins.vllm_adapter.selection import Selecting
+from attention_plugins.vllm_adapter.selection import Selecting, Selection
 from kvcache.orders import Compact, Start
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.kvcache.synthetic import WINDOW, PagedCache, words
 
-DENSE, COMPACTED, MIXED = BatchKind.DENSE, BatchKind.COMPACTED, BatchKind.MIXED
+DENSE, COMPACTED, MIXED, SELECTED = BatchKind
 POLICIES = {"random": words("random", 60), "snapkv": words("snapkv", 60)}
 
 
@@ -26,7 +29,13 @@ class Worker:
         self.cache = PagedCache(100)
         self.compressor = self.cache.compressor(slots)
         self.rows: list[str] = []
-        self.runtime = CompressionRuntime(self.compressor, Selecting(self.compressor, {}, ()), lambda common: self.rows)
+        self.reader: Any = SimpleNamespace(
+            place=SimpleNamespace(rows=2), whole=lambda modes: True, prepare=lambda *given: self.shown.append(given)
+        )
+        self.shown: list[tuple[Any, ...]] = []
+        readers: dict[str, Any] = {"quest": self.reader, "tidal": self.reader}
+        selecting = Selecting(self.compressor, readers, ())
+        self.runtime = CompressionRuntime(self.compressor, selecting, lambda common: self.rows)
         self.free = self.cache.free.tolist()
 
     def start(self, name: str, policy: str = "random") -> Start:
@@ -47,6 +56,8 @@ class Worker:
         compact: Iterable[Compact] = (),
         finished: Iterable[str] = (),
         preempted: Iterable[str] | None = None,
+        reads: dict[str, str] | None = None,
+        prepare: Iterable[Prepare] = (),
         orders: bool = True,
     ) -> tuple[BatchKind, bool]:
         """Begin a step of these requests; what the batch is said to be, and whether queries are recorded."""
@@ -60,7 +71,10 @@ class Worker:
             ),
         )
         if orders:
-            attach_orders(output, StepOrders(list(start), list(compact)))
+            said = {
+                name: Read(name, selector, Mode.SELECT, 300, 64, 0.0, -1) for name, selector in (reads or {}).items()
+            }
+            attach_orders(output, StepOrders(list(start), list(compact), list(prepare), said))
         self.runtime.begin_step(output)
         assert self.runtime.in_step
         return self.runtime.kind, self.runtime.recording
@@ -72,6 +86,7 @@ class Worker:
         self.runtime.end_step()
         runtime = self.runtime
         assert (runtime.in_step, runtime.kind, runtime.recording, runtime.graph) == (False, DENSE, False, None)
+        assert runtime.wanted is None and runtime.selecting.reads == {}
         return found
 
     def slots(self, *rows: str) -> list[int]:
@@ -175,6 +190,71 @@ def test_a_compaction_that_fails_is_not_hidden() -> None:
     worker.step(["w"], start=[worker.start("w", "snapkv")])
     with pytest.raises(RuntimeError, match=f"{WINDOW * 4} window_queries of request w were not seen"):
         worker.begin(["w"], compact=[worker.compact("w")])
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "reads", "wanted"),
+    [
+        ("a", {"a": "quest"}, Selection("quest", True)),
+        (["a", "packed"], {"a": "tidal"}, Selection("tidal", True)),
+        (["packed"], {"packed": "quest"}, Selection("quest", True)),
+        ("ab", {"a": "tidal", "b": "quest"}, None),
+        (["a", "b", "packed"], {"a": "quest"}, None),
+    ],
+)
+def test_a_row_that_selects_makes_its_batch_another_kind(
+    scheduled: Iterable[str], reads: dict[str, str], wanted: Selection | None
+) -> None:
+    """Whatever its other rows are: in no other kind of batch, and no graph of one, would it select."""
+    worker = Worker()
+    worker.step(["packed"], start=[worker.start("packed")], compact=[worker.compact("packed")])
+    assert worker.begin(scheduled, reads=reads) == (SELECTED, False)
+    assert worker.runtime.wanted == wanted
+    worker.rows = list(scheduled)
+    mask, _ = worker.runtime.selected(batch(len(worker.rows)), worker.runtime.slots(batch(len(worker.rows))))
+    assert mask.tolist() == [name in reads for name in scheduled]
+    worker.runtime.end_step()
+    assert worker.begin(scheduled, reads={})[0] is not SELECTED
+    compacted: Any = {"packed"} & set(scheduled) and (COMPACTED if set(scheduled) == {"packed"} else MIXED)
+    assert worker.runtime.wanted == (compacted or None)
+    mask, found = worker.runtime.selected(batch(len(worker.rows)), worker.runtime.slots(batch(len(worker.rows))))
+    assert not mask.any() and found == []
+
+
+def batch(rows: int) -> Any:
+    """One token for each row."""
+    return SimpleNamespace(
+        query_start_loc_cpu=torch.arange(rows + 1, dtype=torch.int32),
+        seq_lens=torch.full((rows,), 300, dtype=torch.int32),
+        block_table_tensor=torch.zeros(rows, 4, dtype=torch.int32),
+    )
+
+
+def test_readers_are_shown_a_cache_after_its_compaction() -> None:
+    worker = Worker()
+    worker.step(["a"], start=[worker.start("a")])
+    compact = worker.compact("a")
+    first = worker.start("a").plan.full_pages
+    prepare = Prepare("a", "quest", 5, worker.cache.blocks[first:].tolist() or [0], first, worker.cache.prompt_len)
+    worker.step(["a"], compact=[compact], prepare=[prepare], reads={"a": "quest"})
+    ((_, lengths, _, state),) = worker.shown
+    size = worker.cache.geometry.page_size
+    assert torch.equal(lengths, worker.compressor.page_counts("a") * size + worker.cache.prompt_len - first * size)
+    assert state == 5
+
+
+def test_rows_of_a_graph_are_empty_at_its_capture() -> None:
+    """Outside a step nobody is asked who is in the batch."""
+    worker = Worker()
+    worker.rows = ["a", "b"]
+    common, sent = batch(2), list[Any]()
+    common.num_reqs = 2
+    found = worker.runtime.fill_selected(Selection("quest", True), common, lambda data, out: sent.append(data))
+    assert len(found.rows) == 2 and sent[0][0].tolist() == [-1, -1] and not sent[0][1].any()
+    worker.begin(["a", "b"], reads={"b": "quest"})
+    worker.runtime.fill_selected(Selection("quest", True), common, lambda data, out: sent.append(data))
+    identity = worker.compressor.tables.identity
+    assert sent[1][0].tolist() == [identity] * 2 and sent[1][1].tolist() == [Mode.DENSE, Mode.SELECT]
 
 
 def test_a_runtime_is_found_by_its_configuration() -> None:
