@@ -36,8 +36,3 @@ def score_capacity(num_blocks: int, page_size: int, max_model_len: int) -> int:
     """Columns of the buffers of scores: tokens, in whole pages, of all rows of a step that select."""
     longest = -(-max_model_len // page_size) * page_size
     return max(num_blocks * page_size * _SPREAD, longest)
-
-
-def score_bytes(num_kv_heads: int, page_size: int) -> int:
-    """Memory of these buffers for each block of the cache."""
-    return 4 * num_kv_heads * page_size * _SPREAD

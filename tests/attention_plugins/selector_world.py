@@ -41,13 +41,13 @@ Reads = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [num_kv_heads, group, d] times the scale, keys [num_kv_heads, n, d]) -> bool [num_kv_heads, n]."""
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[], Reads]]] = {
-    "recycled": ({"stride": 4, "tokens": 32}, lambda: by_hand.Recycled(32, 4)),
+    "recycled": ({"stride": 4, "tokens": 32, "kernel": 3}, lambda: by_hand.Recycled(32, 4, kernel=3)),
     "recycled-turning": (
-        {"stride": 1000, "similarity": 0.05, "check_every": 2, "tokens": 32},
+        {"stride": 1000, "similarity": 0.05, "check_every": 2, "tokens": 32, "kernel": 1},
         lambda: by_hand.Recycled(32, 1000, 0.05, 2),
     ),
-    "tidal": ({"tokens": 32}, lambda: by_hand.Tidal(32, [1])),
-    "lessismore": ({"tokens": 40}, lambda: by_hand.LessIsMore(40, [0])),
+    "tidal": ({"tokens": 32, "kernel": 5}, lambda: by_hand.Tidal(32, [1], kernel=5)),
+    "lessismore": ({"tokens": 40, "kernel": 1}, lambda: by_hand.LessIsMore(40, [0])),
     "quest": ({"tokens": 40}, lambda: by_hand.Quest(40, PAGE)),
     "loki": ({"tokens": 32}, lambda: by_hand.Loki(32)),
     "local": ({"tokens": 32, "share": 0.1}, lambda: by_hand.Local(32, 0.1, PAGE)),

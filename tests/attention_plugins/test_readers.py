@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from attention_plugins import naive
 from attention_plugins.decode.base import Place
 from attention_plugins.decode.registry import selectors
-from attention_plugins.decode.settings import DecodeSettings, score_bytes, score_capacity
+from attention_plugins.decode.settings import DecodeSettings, score_capacity
 from attention_plugins.decode.tidal import TidalReader
 from attention_plugins.naive.paged_attention import read_pages
 from attention_plugins.vllm_adapter import readers as worker_readers
@@ -120,12 +120,6 @@ def test_memory_that_readers_take_alone() -> None:
     assert blocks_beside_readers(words, where, readers_bytes(words, where) - 1, 4096) == 0
     assert blocks_beside_readers(words, where, 100, 4096) == 0
     assert blocks_beside_readers(settings(()), where, 10 * 4096 + 4095, 4096) == 10
-
-
-def test_scores_take_what_is_said_of_a_block() -> None:
-    words = settings(("tidal",))
-    one, two = (readers_bytes(words, place(words, num_blocks=blocks)) for blocks in (1000, 1001))
-    assert two - one == score_bytes(num_kv_heads=2, page_size=16)
 
 
 def test_settings_travel_in_vllms_configuration() -> None:

@@ -244,7 +244,7 @@ def test_replays_read_what_a_capture_has_seen(worker: Worker) -> None:
         worker.read(name, "always", context=9, tokens=6, place=2, threshold=0.5)
     for names in (["a", "b", "c", "d"], ["plain", "a"], ["a"], ["c", "b", "plain"]):
         rows = worker.fill(selection, names, 4).rows
-        for field in ("slots", "modes", "tokens", "starts", "places", "thresholds"):
+        for field in ("slots", "modes", "tokens", "starts", "places", "pooling", "thresholds"):
             ours, theirs = getattr(captured, field), getattr(rows, field)
             assert ours.data_ptr() == theirs.data_ptr() and torch.equal(ours, theirs)
             assert ours.is_contiguous(), "kernels count in whole numbers"
@@ -252,7 +252,7 @@ def test_replays_read_what_a_capture_has_seen(worker: Worker) -> None:
         assert captured.modes.tolist() == modes + [0] * (4 - len(names))
         assert captured.slots[len(names) :].tolist() == [-1] * (4 - len(names))
     assert len(worker.sent) == 5 and all(out is worker.selecting.fixed for _, out in worker.sent)
-    assert {data.shape for data, _ in worker.sent} == {(6, ROWS)}
+    assert {data.shape for data, _ in worker.sent} == {(7, ROWS)}
 
 
 def test_vllms_tensors_are_read_where_they_are(worker: Worker) -> None:
@@ -316,13 +316,13 @@ def test_which_graph_a_step_wants(
 
 def test_graphs_have_names() -> None:
     """For the log; by which nothing is found."""
-    assert str(Selection("tidal", True)) == "tidal" and str(Selection("tidal", False)) == "tidal, nothing read whole"
+    assert str(Selection("recycled", 2)) == "recycled 2"
 
 
 def test_without_selectors_there_is_nothing() -> None:
     compressor: Any = SimpleNamespace(pages=torch.zeros(1))
     selecting = Selecting(compressor, {}, ())
-    assert selecting.graphs() == [] and selecting.fixed.shape == (6, 0) and selecting.graph({"a": 1}) is None
+    assert selecting.graphs() == [] and selecting.fixed.shape == (7, 0) and selecting.graph({"a": 1}) is None
 
 
 # Caches shown to readers

@@ -22,8 +22,8 @@ def everything(keys: torch.Tensor) -> torch.Tensor:
 def top_tokens(
     queries: torch.Tensor, keys: torch.Tensor, k: int, probabilities: bool, kernel: int = 1
 ) -> list[list[int]]:
-    """The newest token, and the k - 1 others that get most from some query head of the group, best first behind it; they
-    or a token near them."""
+    """The newest token, and the k - 1 others that get most (they, or a token near them) from some query head of the
+    group, best first behind it."""
     logits, reach = queries @ keys.transpose(1, 2), kernel // 2
     found = []
     for scores in logits.softmax(-1) if probabilities else logits:
