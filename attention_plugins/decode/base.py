@@ -22,15 +22,19 @@ MOST_TOKENS = 4096
 """Largest K of a request: what lists of selected tokens have room for."""
 
 
+def shortest(tokens: int) -> Any:
+    """The argument `min_context`: where a selector breaks even with dense attention, one request alone, 8B shapes on an
+    H100 (docs/results.md); with more requests at once that is earlier."""
+    return Field(tokens, ge=0, description="Shorter contexts are read whole: there this costs more time than it saves.")
+
+
 class SelectorArgs(Arguments):
     """Arguments that every selector takes. Unknown fields are errors."""
 
     tokens: int = Field(
         2048, ge=32, le=MOST_TOKENS, description="Tokens of the context that a KV head reads at each step (K)."
     )
-    min_context: int = Field(
-        16384, ge=0, description="Shorter contexts are read whole: there a selector costs more time than it saves."
-    )
+    min_context: int = shortest(16384)
 
 
 class ListArgs(SelectorArgs):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from attention_plugins.decode.base import ListArgs, Place, Selector
+from attention_plugins.decode.base import ListArgs, Place, Selector, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.decode.tidal import TidalReader
 
@@ -140,4 +140,4 @@ class LessIsMore(Selector):
     with_tensor_parallel = False
 
     class Args(ListArgs):
-        """See `ListArgs`."""
+        min_context: int = shortest(24576)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs
+from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.evidence import dequantise
 
@@ -125,6 +125,7 @@ class LocalOrGlobal(Selector):
     with_policies = False
 
     class Args(SelectorArgs):
+        min_context: int = shortest(98304)
         share: float = Field(0.95, gt=0, lt=1, description="Near share from which far tokens aren't read.")
 
     args: Args

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attention_plugins.decode.base import Place, Reader, Selector
+from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.evidence import dequantise
 
@@ -86,4 +86,8 @@ class Loki(Selector):
     reader = LokiReader
     prepares = True
     keeps_metadata = True
+
+    class Args(SelectorArgs):
+        min_context: int = shortest(65536)
+
     needs_calibration = True

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attention_plugins.decode.base import Place, Reader, Selector
+from attention_plugins.decode.base import Place, Reader, Selector, SelectorArgs, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 
 DENSE_LAYERS = 2
@@ -68,3 +68,6 @@ class Quest(Selector):
     reader = QuestReader
     prepares = True
     keeps_metadata = True
+
+    class Args(SelectorArgs):
+        min_context: int = shortest(24576)

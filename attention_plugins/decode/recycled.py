@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import ListArgs, Place, Reader, Selector
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.evidence import dequantise
 
@@ -92,6 +92,7 @@ class Recycled(Selector):
     keeps_state = True
 
     class Args(ListArgs):
+        min_context: int = shortest(12288)
         stride: int = Field(50, ge=1, le=1 << 20, description="Steps from one full step to the next; 1: all are full.")
         similarity: float = Field(
             0.0, ge=0, le=1, description="Choose anew where a query's cosine to the one that chose is lower; 0: never."

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attention_plugins.decode.base import ListArgs, Place, Reader, Selector
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 
 FIRST_SELECTION = 2
@@ -98,4 +98,4 @@ class Tidal(Selector):
     with_policies = False
 
     class Args(ListArgs):
-        """See `ListArgs`."""
+        min_context: int = shortest(8192)
