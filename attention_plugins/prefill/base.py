@@ -19,7 +19,10 @@ TILE = 8192
 
 
 class Reader(Protocol):
-    """Keys or values that lie in pages: what stands in for a tensor [num_kv_heads, k_len, head_dim]."""
+    """Keys or values that lie in pages: what stands in for a tensor [num_kv_heads, k_len, head_dim].
+
+    What it hands out can be multiplied: of an 8-bit cache, 16-bit copies.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -106,7 +109,8 @@ class Plan:
     """Which units of keys each block of queries attends to.
 
     Attributes:
-        mask: bool [heads, q_blocks, k_units]; heads are query heads, or KV heads where a group shares.
+        mask: bool [heads, q_blocks, k_units]; heads are query heads, or KV heads where a group shares. Heads
+            that are alike may be one in memory (stride 0).
         grid: what the mask is drawn on.
     """
 

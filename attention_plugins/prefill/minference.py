@@ -92,7 +92,7 @@ def vertical_slash(chunk: Chunk, columns: torch.Tensor | int, diagonals: torch.T
     first = torch.arange(chunk.k_len, device=chunk.queries.device) < FORCED
     chosen = []
     for scores, count in zip(last_row_sums(chunk, LAST), (columns, diagonals), strict=True):
-        scores = scores.masked_fill(first & ~scores.isnan(), float("inf"))
+        scores = scores.masked_fill(first, float("inf"))
         chosen.append(top(scores, count))
     return chunk.grid.from_tokens(chosen[0])[:, None] | chunk.grid.from_diagonals(chosen[1])
 

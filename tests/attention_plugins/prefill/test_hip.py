@@ -85,6 +85,13 @@ def test_keeps_the_best_of_each_stage() -> None:
     assert len(middle) == 8 and middle.tolist() == list(range(59, 67))
 
 
+@pytest.mark.parametrize(("sinks", "top"), [(300, 400), (128, 200), (256, 300)])
+def test_looks_behind_sinks_of_any_size(sinks: int, top: int) -> None:
+    prompt = prompt_of(lambda position: -(position - top).abs())
+    words = {"window": 256, "first_tokens": 256, "second_tokens": 128, "tokens": 128}
+    assert make("hip", sinks=sinks, **words).plan(prompt.chunk()).mask[0, -1, top // 16]
+
+
 def test_heads_share_a_list_or_do_not() -> None:
     chunk = make_prompt(2048).chunk()
     words = {"window": 256, "first_tokens": 512, "second_tokens": 256, "tokens": 128}

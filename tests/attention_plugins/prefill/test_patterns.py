@@ -119,10 +119,12 @@ def test_reads_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @ALL
 def test_decides_without_looking_at_the_gpu(name: str) -> None:
-    """No number is brought to the host: tensors without contents have none."""
+    """No number is brought to the host, neither for plans nor for corrections: tensors without contents have none."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        mask = make(name).plan(make_prompt().chunk(300)).mask
-    assert mask.shape[1:] == (-(-(ODD - 300) // 128), -(-ODD // 16))
+        prompt = make_prompt()
+        mask = make(name).plan(prompt.chunk(300)).mask
+        out, _ = run(make(name), prompt.chunk(300), prompt.values)
+    assert mask.shape[1:] == (-(-(ODD - 300) // 128), -(-ODD // 16)) and out.shape == (ODD - 300, NUM_HEADS, DIM)
 
 
 @ALL

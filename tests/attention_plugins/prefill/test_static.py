@@ -29,6 +29,12 @@ def test_power_golden() -> None:
     assert seen(blocks("power", 256, 17, window=4)[0, 16]) == [0, 8, 12, 13, 14, 15, 16]
 
 
+def test_power_sees_all_of_the_sink() -> None:
+    """A block of 256, of which every pattern sees half."""
+    chunk = make_prompt(14 * 256).chunk()
+    assert make("power", window=1).plan(chunk).mask[0, 27].unflatten(0, (14, 16))[:2].all(-1).tolist() == [True, False]
+
+
 def test_power_reaches_the_first_block_in_few_hops() -> None:
     """Without the sink, by powers of two alone."""
     mask = blocks("power", 256, 33, window=1)[0]

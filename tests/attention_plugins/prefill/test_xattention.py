@@ -47,3 +47,22 @@ def test_equal_keys_give_the_threshold(threshold: float) -> None:
     blocks = make("xattention", threshold=threshold).plan(prompt.chunk()).mask[0, -1].unflatten(-1, (16, 8)).any(-1)
     assert abs(int(blocks.sum()) - threshold * 16) <= 1
     assert blocks[: int(blocks.sum()) - 1].all() and blocks[-1], "the lower position wins"
+
+
+@pytest.mark.parametrize(("first", "length"), [(0, 1024), (512, 1024), (300, 1000)])
+def test_largest_blocks_after_the_sink_and_the_rows_own(first: int, length: int) -> None:
+    chunk = make_prompt(length).chunk(first)
+    pattern = make("xattention", threshold=0.6)
+    assert isinstance(pattern, XAttention)
+    masses, mask = pattern.masses(chunk), pattern.plan(chunk).mask
+    for head in range(NUM_HEADS):
+        for block, start in enumerate(range(first, length, 128)):
+            own = range(start // 128, min(start + 127, length - 1) // 128 + 1)
+            shares = masses[head, block].tolist()
+            wanted = {0, *own}
+            for other in sorted(range(len(shares)), key=lambda key: -shares[key]):
+                if sum(shares[key] for key in wanted) < 0.6 * sum(shares):
+                    wanted.add(other)
+            units = {unit for key in wanted for unit in range(key * 8, key * 8 + 8)}
+            seen = {unit for unit in units if unit * 16 <= min(start + 127, length - 1)}
+            assert set(mask[head, block].nonzero().flatten().tolist()) == seen
