@@ -160,6 +160,8 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             scale=compressor.scale,
             quant=QuantScales(),
         )
+        page_size = geometry.page_size
+        self.runtime.selecting.warm_up(-(-self.vllm_config.model_config.max_model_len // page_size))
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
         similar_keys.warm_up(evidence)

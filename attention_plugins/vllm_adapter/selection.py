@@ -100,6 +100,26 @@ class Selecting:
             modes |= read.mode
         return modes
 
+    @torch.inference_mode()
+    def warm_up(self, max_blocks: int) -> None:
+        """Let every reader do all it can over rows that hold no request, so that no request waits for a compiler.
+
+        Args:
+            max_blocks: of the longest request, width of vLLM's block table.
+        """
+        for name, reader in self.readers.items():
+            place, device = reader.place, reader.place.device
+            shape = 1, place.geometry.num_kv_heads, place.group, place.geometry.head_dim
+            fields = torch.zeros(len(_FIELDS), 1, dtype=torch.int32, device=device)
+            fields[0] = fields[_FIELDS.index("places")] = -1
+            lengths = torch.zeros(1, dtype=torch.int32, device=device)
+            table = torch.zeros(1, max_blocks, dtype=torch.int32, device=device)
+            rows, out = self._rows(fields, lengths, table), torch.empty(shape, dtype=place.dtype, device=device)
+            for selection, _ in self.graphs():
+                if selection.selector == name:
+                    for cache in self.caches:
+                        reader.read(out, out.clone(), rows, cache, selection.whole)
+
     def mask(self, names: Sequence[str]) -> np.ndarray:
         """Which rows of a batch select: bool [rows]."""
         return np.fromiter((name in self.reads for name in names), dtype=bool, count=len(names))

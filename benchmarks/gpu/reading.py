@@ -139,6 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     with torch.inference_mode():
         for context, batch in map(parse_shape, args.shapes.split(",")):
+            torch.cuda.empty_cache()
             measure(context, batch or 1, [int(k) for k in args.budgets.split(",")], args.selectors)
 
 

@@ -170,3 +170,15 @@ def test_states_run_out_and_usage_tells(engine: Engine) -> None:
     crowded = [job.steps.get("crowded", 0) for job in jobs]
     assert sum(1 for steps in crowded if steps) >= 2
     assert all(sum(job.steps.values()) == 7 for job in jobs)
+
+
+@each
+def test_warming_up_touches_no_request(engine: Engine, selector: dict[str, Any]) -> None:
+    """In the middle of an answer: rows that hold no request leave everything as it is."""
+    prompt, words = prompt_of(500), asking(selector)
+    (alone,) = engine.run([Job(prompt, None, 12, words)])
+    job = engine.add(Job(prompt, None, 12, words))
+    while not job.finished:
+        engine.step()
+        engine.runtime.selecting.warm_up(256)
+    assert job.tokens == alone.tokens

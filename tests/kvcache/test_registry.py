@@ -394,7 +394,11 @@ def test_policy_name_in_use_is_refused(install: Install, target: type[Policy]) -
         policies()
 
 
-@pytest.mark.parametrize("target", [dict, FirstHalf(FirstHalf.Args.model_validate({})), "firsthalf", None], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [dict, FirstHalf(FirstHalf.Args.model_validate({})), "firsthalf", None],
+    ids=["class", "instance", "text", "none"],
+)
 def test_entry_that_is_no_policy_is_refused(install: Install, target: Any) -> None:
     install(target)
     with pytest.raises(ValueError, match=rf"entry point entry0 of {ENTRY_POINT_GROUP} is not a kvcache Policy"):

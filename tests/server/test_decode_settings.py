@@ -47,7 +47,7 @@ def test_without_flags_everything_is_read_and_what_costs_little_may_be_asked_for
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--decode-attention", "tidal"), {"selector": "tidal", "tokens": 2048, "min_context": 16384}),
+        (("--decode-attention", "tidal"), {"selector": "tidal", "tokens": 2048, "min_context": 8192, "kernel": 21}),
         (("--decode-attention=recycled", "--decode-tokens=512", "--decode-min-context", "0", "--decode-stride=9"),
          {"selector": "recycled", "tokens": 512, "min_context": 0, "stride": 9, "similarity": 0.0}),
         (("--decode-attention", "quest"), {"selector": "quest"}),
@@ -91,7 +91,7 @@ def test_selectors_are_enabled_by_name(argv: tuple[str, ...], enabled: list[str]
     [
         (("--decode-tokens", "64"), ("--decode-tokens without a selector", "--decode-attention NAME", "tidal")),
         (("--decode-attention", "tidal", "--decode-stride", "5"),
-         ("--decode-stride: the selector tidal takes --decode-tokens, --decode-min-context.",)),
+         ("--decode-stride: the selector tidal takes --decode-tokens, --decode-min-context, --decode-kernel.",)),
         (("--decode-attention", "tide"), ("--decode-attention: unknown selector 'tide'", "dense, recycled")),
         (("--decode-attention", "tidal", "--decode-tokens", "31"), ("--decode-tokens: ", "got 31", ">= 32")),
         (("--decode-attention", "tidal", "--decode-selectors", "quest"),

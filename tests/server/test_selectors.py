@@ -31,7 +31,8 @@ def test_a_checked_selector_names_every_argument() -> None:
     assert desk().check({"selector": "dense"}) == {"selector": "dense"}
     words = desk().check({"selector": "recycled", "tokens": 512})
     assert words == {
-        "selector": "recycled", "tokens": 512, "min_context": 16384, "stride": 50, "similarity": 0.0, "check_every": 5,
+        "selector": "recycled", "tokens": 512, "min_context": 12288, "kernel": 21, "stride": 50, "similarity": 0.0,
+        "check_every": 5,
     }  # fmt: skip
     assert desk().check(words) == words
 
@@ -98,7 +99,7 @@ def test_without_an_adapter_only_dense_is_taken() -> None:
 
 
 def test_the_default_is_checked_like_a_request() -> None:
-    assert desk(default={"selector": "quest", "tokens": 64}).default["min_context"] == 16384
+    assert desk(default={"selector": "quest", "tokens": 64}).default["min_context"] == 24576
     with pytest.raises(PolicyError, match="not enabled"):
         desk([], default={"selector": "quest"})
 
