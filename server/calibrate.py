@@ -37,20 +37,23 @@ class Calibration:
         share = self.held[BASIS]
         lines = [f"{BASIS}: {rank} directions in each of {layers} x {heads} heads hold {share:.1%} of its keys' square"]
         for name in SELECTORS:
-            chosen = " and ".join(map(str, self.tensors[f"{name}.layers"].tolist()))
+            chosen = ", ".join(map(str, self.tensors[f"{name}.layers"].tolist()))
             lines.append(
                 f"{name}.layers: {chosen}; their lists hold {self.held[f'{name}.layers']:.1%} of the attention"
             )
         return "\n".join(lines)
 
 
-def measure(model: Any, prompts: Sequence[list[int]], rank: int, *, bar: bool = False) -> Calibration:
+def measure(
+    model: Any, prompts: Sequence[list[int]], rank: int, *, selection_layers: int = 2, bar: bool = False
+) -> Calibration:
     """Measure a model.
 
     Args:
         model: a causal language model of transformers, all of whose layers attend to everything.
         prompts: token ids.
         rank: directions kept of each KV head.
+        selection_layers: how many layers select for the others.
         bar: show on stderr how far it is.
 
     Raises:
@@ -65,6 +68,10 @@ def measure(model: Any, prompts: Sequence[list[int]], rank: int, *, bar: bool = 
     if not prompts:
         raise StartError("at least one text is needed")
     directions, choice = KeyDirections(), LayerChoice(layers)
+    try:
+        choice.best(next(iter(SELECTORS)), selection_layers)
+    except ValueError as error:
+        raise StartError(f"--selection-layers: {error}") from None
 
     def watch() -> Watch:
         choice.begin()
@@ -79,12 +86,14 @@ def measure(model: Any, prompts: Sequence[list[int]], rank: int, *, bar: bool = 
     found, held = {}, {}
     found[BASIS], held[BASIS] = directions.basis(rank)
     for name in SELECTORS:
-        chosen, held[f"{name}.layers"] = choice.best(name)
+        chosen, held[f"{name}.layers"] = choice.best(name, selection_layers)
         found[f"{name}.layers"] = torch.tensor(chosen)
     return Calibration(found, held, [len(prompt) for prompt in prompts])
 
 
-def calibrate(model_path: str, texts: Sequence[str], output: str, rank: int, *, bar: bool = False) -> Calibration:
+def calibrate(
+    model_path: str, texts: Sequence[str], output: str, rank: int, *, selection_layers: int = 2, bar: bool = False
+) -> Calibration:
     """Load a model, measure it on these user messages, and write the file.
 
     Raises:
@@ -96,7 +105,9 @@ def calibrate(model_path: str, texts: Sequence[str], output: str, rank: int, *, 
     if not file.parent.is_dir():
         raise StartError(f"--output {file}: there is no folder {file.parent}")
     tokenizer, model = load(model_path)
-    found = measure(model, [tokens(tokenizer, text) for text in texts], rank, bar=bar)
+    found = measure(
+        model, [tokens(tokenizer, text) for text in texts], rank, selection_layers=selection_layers, bar=bar
+    )
     write(file, found, Path(model_path).name if Path(model_path).is_dir() else model_path)
     return found
 

@@ -11,7 +11,7 @@ from attention_plugins.decode.loki import BASIS
 from server.errors import StartError, one_line
 
 LAYERS = ("tidal.layers", "lessismore.layers")
-"""int64 [2]: the layers that select, in their order."""
+"""int64 [n]: the layers that select, in their order."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def _problem(found: dict[str, torch.Tensor], model: CacheShape | None) -> str | 
         )
     for name in LAYERS:
         chosen = found[name]
-        if chosen.dtype != torch.int64 or chosen.shape != (2,) or not 0 <= chosen[0] < chosen[1] < layers:
-            return f"{name} must be two of the {layers} layers, int64, in their order, is {chosen.tolist()}"
+        ordered = chosen.ndim == 1 and len(chosen) and bool((chosen.diff() > 0).all())
+        if chosen.dtype != torch.int64 or not ordered or not 0 <= chosen[0] <= chosen[-1] < layers:
+            return f"{name} must be some of the {layers} layers, int64, in their order, is {chosen.tolist()}"
     return None

@@ -28,7 +28,8 @@ USAGE = """usage: longreach COMMAND ...
         which tokens of a prompt a policy keeps, by layer, head and position
   head-gates PROMPT_FILE... --output FILE [--model MODEL]
         measure which KV heads look far, for the policy duoattention
-  calibrate PROMPT_FILE... --output FILE.safetensors [--model MODEL] [--rank N] [--progress]
+  calibrate PROMPT_FILE... --output FILE.safetensors [--model MODEL] [--rank N]
+            [--selection-layers N] [--progress]
         measure what some selectors have to know of a model
   doctor
         what this machine can run, and why not"""
@@ -238,6 +239,9 @@ def _calibrate(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write it (.safetensors)")
     parser.add_argument("--model", help="folder or repository; left out, the embedded model")
     parser.add_argument("--rank", type=int, default=32, help="directions of each KV head's keys, for loki (32)")
+    parser.add_argument(
+        "--selection-layers", type=int, default=2, help="layers that select for others, for tidal and lessismore (2)"
+    )
     parser.add_argument("--progress", action="store_true", help="show how far it is")
     args = parser.parse_args(argv)
 
@@ -249,7 +253,9 @@ def _calibrate(argv: list[str]) -> None:
     try:
         texts = read_texts(args.prompts)
         model = args.model or str(ensure_embedded_model())
-        found = calibrate(model, texts, args.output, args.rank, bar=args.progress)
+        found = calibrate(
+            model, texts, args.output, args.rank, selection_layers=args.selection_layers, bar=args.progress
+        )
     except (StartError, EmbeddedModelError) as error:
         _fail(one_line(error))
     with _reader_may_leave():

@@ -1,4 +1,4 @@
-"""Which layer should correct the selection of TidalDecode and LessIsMore: measured by what their lists would miss."""
+"""Which layers should select for TidalDecode and LessIsMore: measured by what their lists would miss."""
 
 from __future__ import annotations
 
@@ -90,13 +90,35 @@ class LayerChoice:
         for name, lists in self._lists.items():
             lists.append(SELECTORS[name](strongest).int())
 
-    def best(self, selector: str) -> tuple[list[int], float]:
-        """The two selecting layers, and the mean share of attention that their lists hold in the others behind."""
-        first = min(FIRST_SELECTION, self.num_layers - 2)
+    def best(self, selector: str, count: int = 2) -> tuple[list[int], float]:
+        """The selecting layers, and the mean share of attention that their lists hold in the others behind the first.
+
+        The first is the paper's; the others are those that together hold most. Each of them reads everything, so more
+        layers hold more and cost more.
+
+        Args:
+            count: of selecting layers.
+
+        Raises:
+            ValueError: the model has no room for so many.
+        """
+        layers = self.num_layers
+        first = min(FIRST_SELECTION, layers - 2)
+        if not 1 <= count <= layers - first:
+            raise ValueError(f"{count} selecting layers; allowed are 1 to {layers - first}")
         mass = self.mass[selector] / max(self.texts, 1)
-        held = {
-            correction: float(mass[first, first + 1 : correction].sum() + mass[correction, correction + 1 :].sum())
-            for correction in range(first + 1, self.num_layers)
-        }
-        correction = max(held, key=held.__getitem__)
-        return [first, correction], held[correction] / max(self.num_layers - first - 2, 1)
+        sums = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))  # [c, l]: over the layers before l
+
+        def held(chosen: int, following: int) -> float:
+            return float(sums[chosen, following] - sums[chosen, chosen + 1])
+
+        # By the last of them: the most that so many selecting layers can hold before it, and which they are.
+        ways: dict[int, tuple[float, list[int]]] = {first: (0.0, [first])}
+        for _ in range(count - 1):
+            ways = {
+                last: max((total + held(way[-1], last), [*way, last]) for total, way in ways.values() if way[-1] < last)
+                for last in range(first + 1, layers)
+                if any(way[-1] < last for _, way in ways.values())
+            }
+        total, way = max((total + held(way[-1], layers), way) for total, way in ways.values())
+        return way, total / max(layers - first - count, 1)

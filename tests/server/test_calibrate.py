@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,29 @@ def test_the_correction_layer_is_the_one_whose_lists_hold_most() -> None:
     assert layers == [2, 5] and held == pytest.approx(2.5 / 3)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_more_selecting_layers_are_those_that_hold_most_together(count: int) -> None:
+    torch.manual_seed(count)
+    choice = LayerChoice(9)
+    choice.texts = 1
+    mass = choice.mass["lessismore"]
+    mass.copy_(torch.rand(9, 9).triu(1))
+
+    def held(way: tuple[int, ...]) -> float:
+        return sum(float(mass[one, one + 1 : other].sum()) for one, other in itertools.pairwise([*way, 9]))
+
+    most = max(held((2, *others)) for others in itertools.combinations(range(3, 9), count - 1))
+    layers, share = choice.best("lessismore", count)
+    assert layers[0] == 2 and len(layers) == count and held(tuple(layers)) == pytest.approx(most)
+    assert share == pytest.approx(most / max(7 - count, 1))
+
+
+@pytest.mark.parametrize("count", [0, 8])
+def test_no_more_selecting_layers_than_there_are(count: int) -> None:
+    with pytest.raises(ValueError, match="1 to 7"):
+        LayerChoice(9).best("tidal", count)
+
+
 @pytest.mark.parametrize(("layers", "chosen"), [(2, [0, 1]), (3, [1, 2]), (4, [2, 3])])
 def test_small_models_have_two_selecting_layers_too(layers: int, chosen: list[int]) -> None:
     assert LayerChoice(layers).best("tidal")[0] == chosen
@@ -211,8 +235,7 @@ def test_the_command(
     main(["calibrate", str(text), "--output", str(file), "--model", str(folder), "--rank", "4", "--progress"])
     captured = capsys.readouterr()
     assert (
-        "loki.basis: 4 directions in each of 3 x 2 heads hold" in captured.out
-        and "tidal.layers: 1 and 2;" in captured.out
+        "loki.basis: 4 directions in each of 3 x 2 heads hold" in captured.out and "tidal.layers: 1, 2;" in captured.out
     )
     assert "3/3" in captured.err and "prompt 1 of 1, 1,030 tokens" in captured.err
     assert read_calibration(file, CacheShape(LAYERS, HEADS, DIM))["loki.basis"].shape[-1] == 4
