@@ -13,6 +13,8 @@ QUERIES = 64
 """Last queries of a text that are looked at."""
 SHARE = 16
 """K is a context's length by this."""
+NEAR = 16, 128
+"""First and last tokens that most heads look at anyway: what is held of their attention says nothing of a selection."""
 SHORTEST = 1024
 """Tokens of a text that says something of long ones."""
 
@@ -53,7 +55,7 @@ SELECTORS: dict[str, Lists] = {"tidal": tidal_lists, "lessismore": lessismore_li
 
 
 class LayerChoice:
-    """How much of each layer's attention goes to the tokens that an earlier layer would have selected for it."""
+    """How much of each layer's far attention goes to the tokens that an earlier layer would have selected for it."""
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers, self.texts = num_layers, 0
@@ -76,16 +78,18 @@ class LayerChoice:
         """
         heads, n = keys.shape[:2]
         grouped = queries[:, -QUERIES:].float().unflatten(0, (heads, -1))
-        later = torch.arange(n, device=keys.device) > torch.arange(n - QUERIES, n, device=keys.device)[:, None]
+        place, own = torch.arange(n, device=keys.device), torch.arange(n - QUERIES, n, device=keys.device)[:, None]
+        later, far = place > own, (place >= NEAR[0]) & (place <= own - NEAR[1])
         strongest = torch.empty(heads, QUERIES, n, device=keys.device)
         for head in range(heads):  # one at a time: all of them would take gigabytes
             logits = grouped[head] @ keys[head].float().T * scale
             probabilities = logits.masked_fill_(later, float("-inf")).softmax(-1)
+            distant = probabilities * far
+            total = float(distant.sum())
             for name, lists in self._lists.items():
                 for selecting, chosen in enumerate(lists):
                     places = chosen[min(head, len(chosen) - 1)].long().expand(len(probabilities), -1, -1)
-                    found = probabilities.gather(-1, places).sum(-1).mean()
-                    self.mass[name][selecting, layer] += float(found) / heads
+                    self.mass[name][selecting, layer] += float(distant.gather(-1, places).sum()) / total / heads
             strongest[head] = probabilities.amax(0)
         for name, lists in self._lists.items():
             lists.append(SELECTORS[name](strongest).int())
