@@ -37,10 +37,15 @@ def rows_of(results: dict[str, Any], script: str) -> Iterator[Row]:
 def faster(results: dict[str, Any]) -> dict[int, dict[str, float]]:
     """By requests at once: each selector's time against dense attention's, at `TOKENS` of `CONTEXT`."""
     found: dict[int, dict[str, float]] = {}
+    dense: dict[int, float] = {}
     for row in rows_of(results, "reading"):
-        name = row.get("selector", "dense")
-        if row.get("context") == CONTEXT and row.get("tokens") == TOKENS and row["kind"] == KINDS.get(name, ""):
-            found.setdefault(row["batch"], {})[name] = row["faster"]
+        name, batch = row["selector"], row["batch"]
+        if row["context"] != CONTEXT:
+            continue
+        if name == "dense":
+            dense[batch] = row["ms"]
+        elif row["tokens"] == TOKENS and row["kind"] == KINDS.get(name, ""):
+            found.setdefault(batch, {})[name] = dense[batch] / row["ms"]
     return found
 
 
