@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.gpu.selector_plot import faster, main, whole_steps
 
-
 DENSE = {"context": 126_000, "batch": 1, "selector": "dense", "ms": 6.0}
 
 
