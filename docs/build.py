@@ -17,8 +17,14 @@ from server.selectors import needs_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
-QUALITY, COST = "2026-11-22-quality-table-4000-h100.json", "2026-11-22-cuda-h100-fourth.json"
+QUALITY = "2026-11-22-quality-table-4000-h100.json"
+COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
+"""Of a policy that several have, the last one's row counts."""
+SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
+SPEED_TOKENS = 2048
+KINDS = {"recycled": ("mean over a stride of 50",), "local": ("all near", "all far")}
+"""Of selectors whose steps differ, those that the page tells."""
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -51,16 +57,41 @@ def measured() -> dict[str, dict[str, Any]]:
     """By policy, what the result files tell: `scores`, a row for each budget, and `cost`, of a prompt of 32k."""
     found: dict[str, dict[str, Any]] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for cell in json.loads((RESULTS / QUALITY).read_text(encoding="utf-8"))["cells"]:
+    for cell in _read(QUALITY)["cells"]:
         row = rows.setdefault((cell["policy"], cell["budget"]), {"budget": cell["budget"]})
         row[cell["setting"]] = cell
     for (policy, _), row in rows.items():
         found.setdefault(policy, {"scores": [], "cost": None})["scores"].append(row)
-    for run in json.loads((RESULTS / COST).read_text(encoding="utf-8"))["runs"]:
-        for row in run["rows"]:
-            if row.get("prompt") == 32768 and "compaction_ms" in row:
-                found.setdefault(row["policy"], {"scores": [], "cost": None})["cost"] = row
+    for file in COSTS:
+        for run in _read(file)["runs"]:
+            for row in run["rows"]:
+                if row.get("prompt") == 32768 and "compaction_ms" in row:
+                    found.setdefault(row["policy"], {"scores": [], "cost": None})["cost"] = row | {"file": file}
     return found
+
+
+def measured_selectors() -> dict[str, dict[str, Any]]:
+    """By selector: `speed`, a row for each shape and kind of step, the last run's, and `needles`, by variant and K."""
+    times: dict[tuple[str, int, int, str], dict[str, Any]] = {}
+    dense: dict[tuple[int, int], float] = {}
+    for run in _read(SPEED)["runs"]:
+        for row in run["rows"] if "benchmarks.gpu.reading" in run["command"] else ():
+            shape = row["context"], row["batch"]
+            if row["selector"] == "dense":
+                dense[shape] = row["ms"]
+            elif row["tokens"] == SPEED_TOKENS and row["kind"] in KINDS.get(row["selector"], ("",)):
+                times[row["selector"], *shape, row["kind"]] = row | {"dense": dense[shape]}
+    found: dict[str, dict[str, Any]] = {}
+    for (selector, *_), row in sorted(times.items(), key=lambda item: item[0][1:3], reverse=True):
+        found.setdefault(selector, {"speed": [], "needles": {}})["speed"].append(row)
+    for row in _read(SELECTOR_QUALITY)["rows"]:
+        if row["section"] == "needles" and (own := found.get(row["label"].partition(",")[0])):
+            own["needles"].setdefault((row["label"], row["tokens"]), {})[row["task"]] = row
+    return found
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def pages() -> dict[str, str]:
@@ -79,8 +110,8 @@ def _policies(jinja: Environment) -> dict[str, str]:
     found = {"policies/README.md": jinja.get_template("policies.md.jinja").render(policies=policies, parts=parts)}
     page = jinja.get_template("policy.md.jinja")
     told = measured()
-    documents = json.loads((RESULTS / QUALITY).read_text(encoding="utf-8"))["settings"]["documents"]
-    files = {"quality_file": QUALITY, "cost_file": COST, "documents": documents}
+    documents = _read(QUALITY)["settings"]["documents"]
+    files = {"quality_file": QUALITY, "documents": documents}
     return found | {
         f"policies/{policy['name']}.md": page.render(policy=policy, measured=told.get(policy["name"]), **files)
         for policy in policies
@@ -91,8 +122,12 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     selectors = [each.describe() for each in SELECTORS]
     found = {"selectors.md": jinja.get_template("selectors.md.jinja").render(selectors=selectors)}
     page = jinja.get_template("selector.md.jinja")
+    told, settings = measured_selectors(), _read(SELECTOR_QUALITY)["settings"]
+    files = {"speed_file": SPEED, "speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
     for selector in selectors:
-        found[f"selectors/{selector['name']}.md"] = page.render(selector=selector, needs=needs_of(selector))
+        found[f"selectors/{selector['name']}.md"] = page.render(
+            selector=selector, needs=needs_of(selector), measured=told.get(selector["name"]), **files
+        )
     return found
 
 
