@@ -39,7 +39,7 @@ class Calibration:
         for name in SELECTORS:
             chosen = ", ".join(map(str, self.tensors[f"{name}.layers"].tolist()))
             lines.append(
-                f"{name}.layers: {chosen}; their lists hold {self.held[f'{name}.layers']:.1%} of the attention"
+                f"{name}.layers: {chosen}; their lists hold {self.held[f'{name}.layers']:.1%} of the far attention"
             )
         return "\n".join(lines)
 

@@ -80,10 +80,10 @@ def test_directions_are_eigenvectors_of_the_keys_second_moment(
 
 
 def by_hand(model: Any, prompt: list[int], selecting: int, reading: int) -> dict[str, float]:
-    """Attention of one layer that the lists of another hold, token by token."""
+    """Share of one layer's far attention that the lists of another hold, token by token; the mean over KV heads."""
     attention, n = attention_and_keys(model, prompt)[0], len(prompt)
     tokens = n // 16
-    held: dict[str, list[float]] = {"tidal": [], "lessismore": []}
+    held = {name: [0.0] * HEADS for name in ("tidal", "lessismore", "all")}
     for row in range(QUERIES):
         newest = n - QUERIES + row
         strongest = attention[selecting, :, row].unflatten(0, (HEADS, GROUP)).amax(1)
@@ -99,9 +99,11 @@ def by_hand(model: Any, prompt: list[int], selecting: int, reading: int) -> dict
         for head in range(HEADS * GROUP):
             own = [newest, *(place for place in orders[head // GROUP] if place != newest)][:tokens]
             given = attention[reading, head, row]
-            held["tidal"].append(float(given[own].sum()))
-            held["lessismore"].append(float(given[shared].sum()))
-    return {name: sum(values) / len(values) for name, values in held.items()}
+            far = range(16, newest - 128 + 1)
+            for name, places in {"tidal": own, "lessismore": shared, "all": list(far)}.items():
+                held[name][head // GROUP] += float(given[[place for place in places if place in far]].sum())
+    every = held.pop("all")
+    return {name: sum(found / of for found, of in zip(held[name], every, strict=True)) / HEADS for name in held}
 
 
 @pytest.mark.parametrize("reading", [1, 2])
