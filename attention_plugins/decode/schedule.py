@@ -12,7 +12,9 @@ CROWDED = "crowded"
 """Steps that read everything because the step's other requests had taken what there is room for."""
 
 
-_NAMES = {mode: str(mode.name).lower() for mode in Mode} | {Mode.SELECT | Mode.CHECK: "select"}
+def _name(mode: Mode) -> str:
+    """Of what a step does, for usage."""
+    return "select" if mode & Mode.SELECT else str(mode.name).lower()
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class ReadSchedule:
         if mode is not Mode.DENSE and not self._has_room(request, context):
             mode, name = Mode.DENSE, CROWDED
         else:
-            name = _NAMES[mode]
+            name = _name(mode)
         request.steps[name] += 1
         self.totals.setdefault(selector.name, Counter())[name] += 1
         if mode is Mode.DENSE:
