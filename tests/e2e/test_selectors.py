@@ -26,9 +26,9 @@ def ask(client: OpenAI, decode_attention: dict[str, Any], kv_cache: dict[str, An
     )
 
 
-@pytest.mark.parametrize("selector", ["recycled", "quest", "tidal"])
-def test_a_sixth_of_the_context_finds_the_key(client: OpenAI, selector: str) -> None:
-    answer = ask(client, {"selector": selector, "tokens": 512, "min_context": 0})
+@pytest.mark.parametrize("selector, words", [("recycled", {}), ("quest", {}), ("tidal", {"kernel": 1})])
+def test_a_sixth_of_the_context_finds_the_key(client: OpenAI, selector: str, words: dict[str, Any]) -> None:
+    answer = ask(client, {"selector": selector, "tokens": 512, "min_context": 0, **words})
     assert "48213" in answer.choices[0].message.content
     usage = answer.usage.model_extra["decode_attention"]
     assert (usage["selector"], usage["tokens"]) == (selector, 512)
