@@ -26,12 +26,16 @@ def ask(client: OpenAI, decode_attention: dict[str, Any], kv_cache: dict[str, An
     )
 
 
-@pytest.mark.parametrize("selector, words", [("recycled", {}), ("quest", {}), ("tidal", {"kernel": 1})])
-def test_a_sixth_of_the_context_finds_the_key(client: OpenAI, selector: str, words: dict[str, Any]) -> None:
-    answer = ask(client, {"selector": selector, "tokens": 512, "min_context": 0, **words})
+@pytest.mark.parametrize("words", [
+    {"selector": "recycled", "tokens": 512}, {"selector": "quest", "tokens": 512},
+    {"selector": "tidal", "tokens": 1024, "kernel": 1},
+], ids=lambda words: words["selector"])  # fmt: skip
+def test_a_part_of_the_context_finds_the_key(client: OpenAI, words: dict[str, Any]) -> None:
+    """2,409 tokens; recycled and quest find it with 256, tidal with 512."""
+    answer = ask(client, {"min_context": 0, **words})
     assert "48213" in answer.choices[0].message.content
     usage = answer.usage.model_extra["decode_attention"]
-    assert (usage["selector"], usage["tokens"]) == (selector, 512)
+    assert usage.items() >= words.items()
     assert sum(usage["steps"].values()) == answer.usage.completion_tokens - 1
     assert not usage["steps"].keys() & {"dense", "crowded"}
     assert usage_of(answer)["bytes_freed"] == 0
