@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +13,7 @@ from kvcache.allocators.d2o import D2OLayers
 from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.allocators.zigzag import ZigZagLayers
 from kvcache.allocators.zipvl import ZipVLLayers
+from kvcache.choosing import with_packages
 from kvcache.method import PolicyError as PolicyError
 from kvcache.method import explain
 from kvcache.policies.adakv import AdaKV
@@ -59,15 +59,7 @@ def policies() -> dict[str, type[Policy]]:
     Raises:
         ValueError: when a package's entry point is no policy or takes a name that is in use.
     """
-    found = {policy.name: policy for policy in BUILT_IN}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        policy = entry.load()
-        if not (isinstance(policy, type) and issubclass(policy, Policy)):
-            raise ValueError(f"entry point {entry.name} of {ENTRY_POINT_GROUP} is not a kvcache Policy: {policy!r}")
-        if policy.name == NONE or found.get(policy.name, policy) is not policy:
-            raise ValueError(f"entry point {entry.name}: the policy name {policy.name!r} is taken")
-        found[policy.name] = policy
-    return found
+    return with_packages(Policy, BUILT_IN, ENTRY_POINT_GROUP, NONE)  # type: ignore[type-abstract]
 
 
 def make_policy(words: dict[str, Any]) -> Policy | None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
-
-from pydantic import ValidationError
 
 from attention_plugins.prefill.anchor import Anchor
 from attention_plugins.prefill.base import Pattern
@@ -20,7 +17,8 @@ from attention_plugins.prefill.streaming import Streaming
 from attention_plugins.prefill.strided import Strided
 from attention_plugins.prefill.xattention import XAttention
 from attention_plugins.prefill.zipvl import ZipVL
-from kvcache.method import PolicyError, explain
+from kvcache.choosing import choose, with_packages
+from kvcache.method import PolicyError
 
 FIELD = "prefill_attention"
 DENSE = "dense"
@@ -37,15 +35,7 @@ def patterns() -> dict[str, type[Pattern]]:
     Raises:
         ValueError: when a package's entry point is no pattern or takes a name that is in use.
     """
-    found = {pattern.name: pattern for pattern in BUILT_IN}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        pattern = entry.load()
-        if not (isinstance(pattern, type) and issubclass(pattern, Pattern)):
-            raise ValueError(f"entry point {entry.name} of {ENTRY_POINT_GROUP} is not a Pattern: {pattern!r}")
-        if pattern.name == DENSE or found.get(pattern.name, pattern) is not pattern:
-            raise ValueError(f"entry point {entry.name}: the pattern name {pattern.name!r} is taken")
-        found[pattern.name] = pattern
-    return found
+    return with_packages(Pattern, BUILT_IN, ENTRY_POINT_GROUP, DENSE)  # type: ignore[type-abstract]
 
 
 def make_pattern(words: Any, field: str = FIELD) -> Pattern | None:
@@ -61,21 +51,10 @@ def make_pattern(words: Any, field: str = FIELD) -> Pattern | None:
     Raises:
         PolicyError: an unknown name or argument, or a bad value; says which and what is allowed.
     """
-    if not isinstance(words, dict):
-        raise PolicyError(field, f"must be an object, got {words!r}.", '{"pattern": NAME, ...}')
-    name = words.get("pattern")
-    if name == DENSE:
-        if extra := sorted(set(words) - {"pattern"}):
-            raise PolicyError(f"{field}.{extra[0]}", "the pattern 'dense' takes no arguments.", "no further fields")
+    chosen = choose(words, field, "pattern", DENSE, patterns())
+    if chosen is None:
         return None
-    if not isinstance(name, str) or name not in patterns():
-        problem = "is missing." if "pattern" not in words else f"unknown pattern {name!r}."
-        raise PolicyError(f"{field}.pattern", problem, ", ".join([DENSE, *patterns()]))
-    pattern = patterns()[name]
-    try:
-        args = pattern.Args.model_validate({k: v for k, v in words.items() if k != "pattern"})
-    except ValidationError as error:
-        raise explain(field, name, pattern.Args, list(pattern.Args.model_fields), error) from None
+    pattern, args = chosen
     if not issubclass(pattern, Delta):
         return pattern(args)
     assert isinstance(args, Delta.Args)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import kvcache.registry
 from kvcache.allocators.base import LayerAllocator
 from kvcache.evidence import Evidence, LayerEvidence
 from kvcache.policies.base import Policy, PolicyArgs
@@ -331,7 +330,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
     def pretend(*targets: Any) -> None:
         groups = {ENTRY_POINT_GROUP: [Entry(f"entry{i}", target) for i, target in enumerate(targets)]}
-        monkeypatch.setattr(kvcache.registry, "entry_points", lambda group: groups[group])
+        monkeypatch.setattr("kvcache.choosing.entry_points", lambda group: groups[group])
         policies.cache_clear()
 
     yield pretend
@@ -401,5 +400,5 @@ def test_policy_name_in_use_is_refused(install: Install, target: type[Policy]) -
 )
 def test_entry_that_is_no_policy_is_refused(install: Install, target: Any) -> None:
     install(target)
-    with pytest.raises(ValueError, match=rf"entry point entry0 of {ENTRY_POINT_GROUP} is not a kvcache Policy"):
+    with pytest.raises(ValueError, match=rf"entry point entry0 of {ENTRY_POINT_GROUP} is not a Policy"):
         policies()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydantic import Field
 
-import kvcache.registry
 from kvcache.evidence import LayerEvidence
 from kvcache.policies.base import Policy, PolicyArgs
 from kvcache.registry import HEADS, LAYERS, PolicyError, make_policy, policies, policy_class, policy_words
@@ -196,7 +195,7 @@ class Eager(Policy):
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     entry = EntryPoint("eager", f"{__name__}:Eager", "longreach.policies")
     monkeypatch.setattr(EntryPoint, "load", lambda self: Eager)
-    monkeypatch.setattr(kvcache.registry, "entry_points", lambda group: [entry])
+    monkeypatch.setattr("kvcache.choosing.entry_points", lambda group: [entry])
     policies.cache_clear()
     yield
     policies.cache_clear()

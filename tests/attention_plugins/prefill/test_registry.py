@@ -88,7 +88,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, value: str, name: str, messag
     loaded: dict[str, Any] = {"Mine": Mine, "int_": int, "Taken": taken, "Dense": dense}
     entry = EntryPoint(name=name, value="package:thing", group=registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: loaded[value])
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    monkeypatch.setattr("kvcache.choosing.entry_points", lambda group: [entry])
     patterns.cache_clear()
     try:
         if message:
