@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -150,51 +150,49 @@ def _reader_may_leave() -> Iterator[None]:
 
 
 def _policies(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="longreach policies", description="List the KV-cache policies.")
-    parser.add_argument("--json", action="store_true", help="as JSON, with every argument's schema")
-    as_json = parser.parse_args(argv).json
+    as_json = _asks_for_json(argv, "policies", "List the KV-cache policies.")
 
-    from kvcache.registry import policies
+    from kvcache.registry import NONE, policies
 
-    described = [policy.describe() for policy in policies().values()]
-    with _reader_may_leave():
-        if as_json:
-            print(json.dumps(described, indent=2))
-            return
-        print("none\n    Keep everything: stock vLLM.")
-        for policy in described:
-            print(f"\n{policy['name']}\n    {policy['title']} ({policy['paper']})")
-            needs = f"needs: {policy['evidence']}{', looks at the question' if policy['query_aware'] else ''}"
-            print(f"    {needs}{', layers differ in length' if policy['layer_lengths_differ'] else ''}")
-            _print_arguments(policy)
+    def needs(policy: dict[str, Any]) -> str:
+        asks = f"{policy['evidence']}{', looks at the question' if policy['query_aware'] else ''}"
+        return f"{asks}{', layers differ in length' if policy['layer_lengths_differ'] else ''}"
 
-
-def _print_arguments(method: dict[str, Any]) -> None:
-    for name, schema in method["arguments"]["properties"].items():
-        value = repr(schema["default"]) if "default" in schema else "(needed)"
-        print(f"      {name} = {value:12} {schema.get('description', '')}")
+    _list(policies(), as_json, f"{NONE}\n    Keep everything: stock vLLM.", needs)
 
 
 def _selectors(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="longreach selectors", description="List the selectors: what each step of decoding reads of the cache."
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON, with every argument's schema")
-    as_json = parser.parse_args(argv).json
+    as_json = _asks_for_json(argv, "selectors", "List the selectors: what each step of decoding reads of the cache.")
 
     from attention_plugins.decode.registry import DENSE, selectors
     from server.selectors import needs_of
 
-    described = [selector.describe() for selector in selectors().values()]
+    def needs(selector: dict[str, Any]) -> str:
+        return ", ".join(needs_of(selector)) or "nothing"
+
+    _list(selectors(), as_json, f"{DENSE}\n    Read everything: stock vLLM.", needs)
+
+
+def _asks_for_json(argv: list[str], command: str, description: str) -> bool:
+    parser = argparse.ArgumentParser(prog=f"longreach {command}", description=description)
+    parser.add_argument("--json", action="store_true", help="as JSON, with every argument's schema")
+    return bool(parser.parse_args(argv).json)
+
+
+def _list(known: Mapping[str, Any], as_json: bool, first: str, needs: Callable[[dict[str, Any]], str]) -> None:
+    """Print methods with their arguments, behind what stands for none of them."""
+    described = [method.describe() for method in known.values()]
     with _reader_may_leave():
         if as_json:
             print(json.dumps(described, indent=2))
             return
-        print(f"{DENSE}\n    Read everything: stock vLLM.")
-        for selector in described:
-            print(f"\n{selector['name']}\n    {selector['title']} ({selector['paper']})")
-            print(f"    needs: {', '.join(needs_of(selector)) or 'nothing'}")
-            _print_arguments(selector)
+        print(first)
+        for method in described:
+            print(f"\n{method['name']}\n    {method['title']} ({method['paper']})")
+            print(f"    needs: {needs(method)}")
+            for name, schema in method["arguments"]["properties"].items():
+                value = repr(schema["default"]) if "default" in schema else "(needed)"
+                print(f"      {name} = {value:12} {schema.get('description', '')}")
 
 
 def _head_gates(argv: list[str]) -> None:
