@@ -206,7 +206,7 @@ def test_models_that_cannot_be_served(
     assert "\n" not in str(caught.value)
 
 
-def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=32),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
@@ -225,7 +225,7 @@ def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.Monk
     stock = Platform("cuda", "no adapter")
     for error, text in ((StartError, "the engine didn't start"), (StartError, "no tokenizer"), (RuntimeError, "a bug")):
         with pytest.raises(error, match=text):
-            asyncio.run(serve(parse("m", "--port", str(free_port())), {"policy": "none"}, stock))
+            asyncio.run(serve(parse(str(tmp_path), "--port", str(free_port())), {"policy": "none"}, stock))
         errors.pop(0)
 
 
