@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -47,6 +49,11 @@ def gather(source: torch.Tensor | Reader, positions: torch.Tensor) -> torch.Tens
     return source[heads, positions]
 
 
+def plain_estimators() -> ModuleType:
+    """`attention_plugins.prefill.scores`, which needs this module."""
+    return import_module("attention_plugins.prefill.scores")
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One layer's view of a part of a prompt, whose keys are in the cache already.
@@ -59,6 +66,7 @@ class Chunk:
         layer: index of the layer.
         prompt_len: of the whole prompt; None: this chunk is its end.
         calibration: what `longreach calibrate` found for this model, by name, on the CPU; empty without it.
+        ops: the estimators: `attention_plugins.prefill.scores`, or kernels of the same names.
     """
 
     queries: torch.Tensor
@@ -68,6 +76,7 @@ class Chunk:
     layer: int = 0
     prompt_len: int | None = None
     calibration: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ops: ModuleType = field(default_factory=plain_estimators, repr=False)
 
     @property
     def num_heads(self) -> int:
