@@ -44,14 +44,21 @@ class PagedTokens(Reader):
 
     def read(self, first: int, last: int) -> torch.Tensor:
         begin, end = first // self.page_size, -(-last // self.page_size)
-        found = self.codec.unpack(self.pages[self.table[:, begin:end]])[self.values].flatten(1, 2)
+        found = self.codec.unpack(self._stored[self.table[:, begin:end]])[self.values].flatten(1, 2)
         return self._given(found[:, first - begin * self.page_size : last - begin * self.page_size])
 
     def gather(self, positions: torch.Tensor) -> torch.Tensor:
         heads = torch.arange(len(self.table), device=positions.device).view(-1, *(1,) * (positions.dim() - 1))
         slots = self.table[heads, positions // self.page_size] * self.page_size + positions % self.page_size
-        found = self.codec.read_tokens(self.pages, slots.flatten())[self.values]
+        found = self.codec.read_tokens(self._stored, slots.flatten())[self.values]
         return self._given(found.view(*positions.shape, self.head_dim))
 
+    @property
+    def _stored(self) -> torch.Tensor:
+        """8-bit floats as bytes: not all that moves bytes knows them."""
+        return self.pages.view(torch.uint8) if self.pages.itemsize == 1 else self.pages
+
     def _given(self, found: torch.Tensor) -> torch.Tensor:
+        if found.dtype != self.pages.dtype:
+            found = found.contiguous().view(self.pages.dtype)
         return found.to(self.dtype) if self.scale == 1.0 else (found.float() * self.scale).to(self.dtype)

@@ -15,6 +15,7 @@ from attention_plugins.decode.base import ReadPages
 from attention_plugins.naive.paged_attention import read_pages
 from attention_plugins.vllm_adapter import cpu_backend
 from attention_plugins.vllm_adapter.pages import probe_codec
+from attention_plugins.vllm_adapter.prefilling import Executor, NaiveExecutor
 from attention_plugins.vllm_adapter.worker import CompressionWorker
 from kvcache.pages import PageCodec, PageGeometry
 
@@ -32,6 +33,9 @@ class CPUCompressionWorker(CompressionWorker, CPUWorker):
 
     def read_pages(self) -> ReadPages:
         return read_pages
+
+    def executor(self) -> Executor:
+        return NaiveExecutor()
 
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self.model_runner.input_batch.req_ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -13,6 +13,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from attention_plugins.prefill.orders import PendingPatternReport
+from attention_plugins.vllm_adapter.prefilling import Prefilling, PromptChunk
 from attention_plugins.vllm_adapter.selection import SelectedRows, Selecting, Selection
 from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
@@ -31,6 +33,8 @@ class BatchKind(StrEnum):
     MIXED = "mixed"
     SELECTED = "selected"
     """Some row selects what it reads, whatever the others are."""
+    SPARSE = "sparse"
+    """Some row is a prompt's chunk with a pattern, whatever the others are."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,13 @@ class CompressionRuntime:
         self,
         compressor: Compressor,
         selecting: Selecting,
+        prefilling: Prefilling,
         batch_request_ids: Callable[[CommonAttentionMetadata], Sequence[str]],
     ) -> None:
         """`batch_request_ids` names the requests of a batch's rows, in order; each model runner has its own way."""
-        self.compressor, self.selecting = compressor, selecting
+        self.compressor, self.selecting, self.prefilling = compressor, selecting, prefilling
         self._batch_request_ids = batch_request_ids
-        self._reports: list[PendingReport] = []
+        self._reports: list[PendingReport | PendingPatternReport] = []
         self.kind, self.recording = BatchKind.DENSE, False
         self.wanted: BatchKind | Selection | None = None
         self.graph: BatchKind | Selection | None = None
@@ -80,10 +85,9 @@ class CompressionRuntime:
     @torch.inference_mode()
     def begin_step(self, scheduler_output: Any) -> None:
         """Between steps: forget finished requests, start new ones, compact finished prompts."""
-        for request_id in scheduler_output.finished_req_ids:
+        for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
             self.compressor.finish(request_id)
-        for request_id in scheduler_output.preempted_req_ids or ():
-            self.compressor.finish(request_id)
+            self.prefilling.finish(request_id)
         if orders := orders_of(scheduler_output):
             for start in orders.start:
                 self.compressor.start(start)
@@ -91,22 +95,24 @@ class CompressionRuntime:
             for prepare in orders.prepare:
                 self.selecting.prepare(prepare)
             self.selecting.reads = orders.reads
-        scheduled = scheduler_output.num_scheduled_tokens
+            for pattern in orders.patterns:
+                self.prefilling.start(pattern)
+        scheduled, computed = scheduler_output.num_scheduled_tokens, _computed(scheduler_output)
         if self.compressor.requests:
             compacted = sum(self.compressor.slot(name) is not None for name in scheduled)
-            self.recording = self._records(scheduler_output)
+            self.recording = self._records(computed, scheduled)
             if compacted:
                 self.kind = self.wanted = BatchKind.COMPACTED if compacted == len(scheduled) else BatchKind.MIXED
         if self.selecting.reads:
             self.kind, self.wanted = BatchKind.SELECTED, self.selecting.graph(scheduled)
+        self.prefilling.begin_step(computed, scheduled, lambda name: self.compressor.slot(name) is not None)
+        if self.prefilling.current:  # a chunk of one token could pass for a decode
+            self.kind, self.wanted = BatchKind.SPARSE, None
         self.in_step = True
 
-    def _records(self, scheduler_output: Any) -> bool:
+    def _records(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> bool:
         """Whether an observer wants queries of this step."""
-        cached = scheduler_output.scheduled_cached_reqs
-        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        computed |= {request.req_id: request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs}
-        for name, tokens in scheduler_output.num_scheduled_tokens.items():
+        for name, tokens in scheduled.items():
             for observer in self.compressor.observers(name):
                 begin, end = observer.overlap(computed[name], computed[name] + tokens)
                 if begin < end:
@@ -115,10 +121,11 @@ class CompressionRuntime:
 
     def end_step(self) -> None:
         self.in_step = False
+        self._reports += self.prefilling.end_step()
         self.kind, self.recording, self.wanted, self.graph = BatchKind.DENSE, False, None, None
         self.selecting.reads = {}
 
-    def take_reports(self) -> list[PendingReport]:
+    def take_reports(self) -> list[PendingReport | PendingPatternReport]:
         reports, self._reports = self._reports, []
         return reports
 
@@ -139,6 +146,12 @@ class CompressionRuntime:
             return np.zeros(len(slots), dtype=bool), []
         names = self._batch_request_ids(common)
         return self.selecting.mask(names), self.selecting.apart(common, names, slots)
+
+    def planned(self, common: CommonAttentionMetadata) -> tuple[np.ndarray, list[PromptChunk]]:
+        """Which of the batch's rows are chunks with a pattern, bool [requests], and what is known of them."""
+        if not self.prefilling.current:
+            return np.zeros(common.num_reqs, dtype=bool), []
+        return self.prefilling.apart(common, self._batch_request_ids(common))
 
     def fill_selected(
         self, selection: Selection, common: CommonAttentionMetadata, send: Callable[[np.ndarray, torch.Tensor], None]
@@ -176,6 +189,13 @@ class CompressionRuntime:
             return self.compressor.evidence(layer, pages, length)
 
         return evidence
+
+
+def _computed(scheduler_output: Any) -> dict[str, int]:
+    """Tokens of each scheduled request before the step."""
+    cached = scheduler_output.scheduled_cached_reqs
+    computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return computed | {request.req_id: request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs}
 
 
 def set_runtime(vllm_config: VllmConfig, runtime: CompressionRuntime | None) -> None:

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, C
 
 from attention_plugins.batch import CompactedBatch, plan_compacted
 from attention_plugins.decode.rows import LayerCache
+from attention_plugins.vllm_adapter.prefilling import Prefilling, PromptChunk
 from attention_plugins.vllm_adapter.runtime import BatchKind, Capture, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.selection import SelectedRows
 from kvcache.tables import PageTables, to_device
@@ -31,6 +32,8 @@ class SplitMetadata:
         captures: queries to keep.
         mask: bool [rows, 1, 1]; in a mixed CUDA graph, which rows are compacted.
         selected: rows that select what they read.
+        chunks: of prompts with a pattern.
+        prefilling: attends these.
     """
 
     dense: Any
@@ -40,10 +43,16 @@ class SplitMetadata:
     captures: list[Capture] = field(default_factory=list)
     mask: torch.Tensor | None = None
     selected: list[SelectedRows] = field(default_factory=list)
+    chunks: list[PromptChunk] = field(default_factory=list)
+    prefilling: Prefilling | None = None
 
 
 class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # type: ignore[misc]
     """In front of a backend's metadata builder."""
+
+    hidden_len: int | None = None
+    """Length that rows which are attended apart have for the backend's own attention; None: that of their queries, for
+    kernels that take no fewer keys than queries."""
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -58,16 +67,20 @@ class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # ty
         """The metadata of a batch in which some rows are compacted, or select what they read."""
         slots, starts = runtime.slots(common), common.query_start_loc_cpu.numpy()
         selects, selected = runtime.selected(common, slots)
+        planned, chunks = runtime.planned(common)
         compacted = np.where(selects, -1, slots)
-        apart = selects | (compacted >= 0)
+        apart = selects | planned | (compacted >= 0)
         dense, batch, plan, tables = None, None, None, runtime.compressor.tables
         if not apart.all():
-            dense = super().build(0, shortened(common, apart))
+            dense = super().build(0, shortened(common, apart, self.hidden_len))
         if (compacted >= 0).any():
             heads = self.kv_cache_spec.num_kv_heads
             batch = plan_compacted(compacted, starts, common.seq_lens, common.block_table_tensor, heads)
             plan = self.kernel_plan(batch, tables)
-        return SplitMetadata(dense, batch, tables, plan, runtime.captures(common), selected=selected)
+        captures = runtime.captures(common)
+        return SplitMetadata(
+            dense, batch, tables, plan, captures, selected=selected, chunks=chunks, prefilling=runtime.prefilling
+        )
 
     def kernel_plan(self, batch: CompactedBatch, tables: PageTables) -> Any:
         """What the kernel wants prepared, for all layers."""
@@ -107,6 +120,9 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
             self._attend_compacted(layer, query, metadata, output)
         for selected in metadata.selected:
             self._attend_selected(query, selected, output)
+        for chunk in metadata.chunks:
+            assert metadata.prefilling is not None
+            metadata.prefilling.attend(self.cache, chunk, query, output)
         return output
 
     def _attend_selected(self, query: torch.Tensor, selected: SelectedRows, output: torch.Tensor) -> None:
@@ -142,18 +158,22 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         """Attention of the compacted rows: [sequences' tokens, group, head_dim] in and out."""
 
 
-def shortened(common: CommonAttentionMetadata, compacted: np.ndarray) -> CommonAttentionMetadata:
-    """The same batch with compacted rows as long as their queries: they then read no more than they have written.
+def shortened(common: CommonAttentionMetadata, apart: np.ndarray, length: int | None) -> CommonAttentionMetadata:
+    """The same batch with the rows that are attended apart cut short: they then read next to nothing, and what that
+    gives is overwritten.
 
     Args:
-        compacted: bool [rows].
+        apart: bool [rows].
+        length: that they get; None: that of their queries.
     """
     device = common.seq_lens.device
-    query_lens = common.query_start_loc[1:] - common.query_start_loc[:-1]
-    short = torch.where(to_device(torch.from_numpy(compacted), device), query_lens, common.seq_lens)
+    lens = common.query_start_loc[1:] - common.query_start_loc[:-1]
+    lens = lens if length is None else torch.full_like(lens, length)
+    short = torch.where(to_device(torch.from_numpy(apart), device), lens, common.seq_lens)
     bounds = common.seq_lens_cpu_upper_bound
     if bounds is None:
         return replace(common, seq_lens=short)
     lens = common.query_start_loc_cpu.diff()
-    bounds = torch.where(torch.from_numpy(compacted), lens, bounds).to(bounds.dtype)
+    lens = lens if length is None else torch.full_like(lens, length)
+    bounds = torch.where(torch.from_numpy(apart), lens, bounds).to(bounds.dtype)
     return replace(common, seq_lens=short, seq_lens_cpu_upper_bound=bounds, max_seq_len=int(bounds.max()))

@@ -17,7 +17,9 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.rows import LayerCache
 from attention_plugins.decode.settings import DecodeSettings
+from attention_plugins.prefill.orders import PendingPatternReport
 from attention_plugins.vllm_adapter.pages import flat_pages
+from attention_plugins.vllm_adapter.prefilling import Executor, Prefilling, prefill_calibration
 from attention_plugins.vllm_adapter.readers import make_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.rotary import UnknownRotary, find_rotary
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime, set_runtime
@@ -31,11 +33,14 @@ from kvcache.pages import PageCodec, PageGeometry
 from kvcache.tables import PageTables
 from kvcache.vllm_adapter.orders import attach_reports
 
+PATTERNS = "prefill patterns"
+"""Beside kinds of evidence, what a worker may lack."""
+
 
 class ReportingOutput(AsyncModelRunnerOutput):
     """An output still on its way from the GPU, with reports for the scheduler."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, reports: list[PendingReport]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, reports: Sequence[PendingReport | PendingPatternReport]) -> None:
         self._output, self._reports = output, reports
 
     def get_output(self) -> Any:
@@ -50,7 +55,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     runtime: CompressionRuntime
     attention_layers: list[Any]
     missing: dict[str, str]
-    """By kind of evidence, why this worker can't gather it."""
+    """By kind of evidence (or `PATTERNS`), why this worker hasn't got it."""
 
     @abstractmethod
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
@@ -68,6 +73,10 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     @abstractmethod
     def read_pages(self) -> ReadPages:
         """The platform's attention over page tables, for selectors."""
+
+    @abstractmethod
+    def executor(self) -> Executor:
+        """The platform's attention over plans, for patterns."""
 
     def quant_scales(self, layer: Any) -> QuantScales:
         """What a layer's queries and cached numbers are multiplied with."""
@@ -105,7 +114,14 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             model=ModelFacts(rotary, network),
             keep_positions=bool(ours(self.vllm_config).get("keep_positions")),
         )
-        self.runtime = CompressionRuntime(compressor, self._selecting(compressor), self.request_ids)
+        selecting = self._selecting(compressor)
+        prefilling = Prefilling(
+            selecting.caches,
+            self.vllm_config.model_config.dtype,
+            prefill_calibration(self.vllm_config.additional_config, layers[0].impl.num_heads),
+            self.executor(),
+        )
+        self.runtime = CompressionRuntime(compressor, selecting, prefilling, self.request_ids)
         set_runtime(self.vllm_config, self.runtime)
 
     def _selecting(self, compressor: Compressor) -> Selecting:
@@ -122,6 +138,8 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
         for layer, cache in zip(layers, caches, strict=True):
             layer.impl.cache = cache
         first = layers[0].impl
+        if first.logits_soft_cap:
+            self.missing[PATTERNS] = "prefill patterns don't know logit soft caps"
         if settings.selectors and first.logits_soft_cap:
             raise ValueError("decode selectors don't know logit soft caps: start with --decode-selectors none")
         place = place_for(

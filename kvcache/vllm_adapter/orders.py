@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attention_plugins.decode.schedule import Prepare, Read
+from attention_plugins.prefill.orders import PatternReport, StartPattern
 from kvcache.orders import Compact, CompactionReport, Start
 
 # vLLM's SchedulerOutput and ModelRunnerOutput are plain dataclasses that are passed on whole (or pickled whole), so
@@ -21,10 +22,14 @@ class StepOrders:
     start: list[Start] = field(default_factory=list)
     compact: list[Compact] = field(default_factory=list)
     prepare: list[Prepare] = field(default_factory=list)
+    patterns: list[StartPattern] = field(default_factory=list)
     reads: dict[str, Read] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.start or self.compact or self.prepare or self.reads)
+        return bool(self.start or self.compact or self.prepare or self.patterns or self.reads)
+
+
+Report = CompactionReport | PatternReport
 
 
 def attach_orders(scheduler_output: Any, orders: StepOrders) -> None:
@@ -35,9 +40,9 @@ def orders_of(scheduler_output: Any) -> StepOrders | None:
     return getattr(scheduler_output, _ORDERS, None)
 
 
-def attach_reports(model_runner_output: Any, reports: list[CompactionReport]) -> None:
+def attach_reports(model_runner_output: Any, reports: list[Report]) -> None:
     setattr(model_runner_output, _REPORTS, reports)
 
 
-def reports_of(model_runner_output: Any) -> list[CompactionReport]:
+def reports_of(model_runner_output: Any) -> list[Report]:
     return getattr(model_runner_output, _REPORTS, [])

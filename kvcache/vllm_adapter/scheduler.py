@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ from vllm.v1.request import Request
 from attention_plugins.decode.registry import FIELD, make_selector, selector_words
 from attention_plugins.decode.schedule import Prepare, ReadSchedule
 from attention_plugins.decode.settings import DecodeSettings, score_capacity
+from attention_plugins.prefill.base import Pattern
+from attention_plugins.prefill.orders import PatternReport, StartPattern, aligned, applies
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
+from attention_plugins.prefill.registry import make_pattern, pattern_words
+from attention_plugins.prefill.usage import PrefillTotals, prefill_usage
 from kvcache.orders import Compact, CompactionReport, Start
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -27,6 +33,16 @@ logger = init_logger(__name__)
 
 EXTRA_ARG = "kv_cache"
 """Where a request's policy stands in `SamplingParams.extra_args`, and its usage in `kv_transfer_params`."""
+
+
+@dataclass
+class _Prefill:
+    """A request whose prompt has a pattern, and what was told of it."""
+
+    pattern: Pattern
+    planned: bool
+    """Whether the prompt is long enough for it."""
+    report: PatternReport | None = None
 
 
 @dataclass
@@ -61,6 +77,9 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         self.block_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self.compressions: dict[str, _Compression] = {}
         self.compression_totals = CompressionTotals()
+        self.prefills: dict[str, _Prefill] = {}
+        self.prefill_totals = PrefillTotals()
+        self.num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
         self.decode_settings = DecodeSettings.of(self.vllm_config.additional_config)
         page_size = self.kv_blocks.block_size
         capacity = score_capacity(self.kv_cache_config.num_blocks, page_size, self.max_model_len)
@@ -69,6 +88,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             self._plan(request)
+            self._plan_prefill(request)
         super().add_request(request)
 
     def _plan(self, request: Request) -> None:
@@ -95,6 +115,21 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             self.reads.start(request.request_id, selector)
             self.kv_blocks.own_answers[request.request_id] = request.num_prompt_tokens
 
+    def _plan_prefill(self, request: Request) -> None:
+        """Whether the prompt is attended by a pattern; it then has a part of the prefix cache of its own."""
+        params = request.sampling_params
+        words = (params.extra_args or {}).get(PREFILL_FIELD) if params else None
+        pattern = make_pattern(words, PREFILL_FIELD) if words else None
+        if pattern is None or request.resumable:
+            return
+        planned = applies(pattern, self.num_layers, request.num_prompt_tokens)
+        self.prefills[request.request_id] = _Prefill(pattern, planned)
+        if planned:
+            salt = json.dumps([request.cache_salt, pattern_words(pattern)])
+            # The hashes were made with the request: before anything has looked at them, make them anew.
+            request.cache_salt, request.block_hashes = salt, []
+            request.update_block_hashes()
+
     def _too_large(self, request: Request, plan: RetentionPlan) -> str | None:
         """Why the pool can't hold both what a compaction reads and what it keeps: such a request would wait forever."""
         most = max(request.num_prompt_tokens, plan.prompt_len) + 1
@@ -120,7 +155,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.compressions[request.request_id].plan
         boundary = plan.next_boundary(num_computed_tokens) if plan else None
-        return min(num_new_tokens, boundary - num_computed_tokens) if boundary else num_new_tokens
+        num_new_tokens = min(num_new_tokens, boundary - num_computed_tokens) if boundary else num_new_tokens
+        prefill = self.prefills.get(request.request_id)
+        if prefill is None or not prefill.planned:
+            return num_new_tokens
+        return aligned(num_computed_tokens, num_new_tokens, request.num_prompt_tokens)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -132,6 +171,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             compression = self.compressions[request_id]
             if request_id in starting:
                 self.reads.forget(request_id)
+                self._start_prefill(orders, request_id)
             if compression.plan is None:
                 self._read(orders, request_id, num_scheduled)
                 continue
@@ -149,6 +189,12 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         if orders:
             attach_orders(output, orders)
         return output
+
+    def _start_prefill(self, orders: StepOrders, request_id: str) -> None:
+        prefill = self.prefills.get(request_id)
+        if prefill and prefill.planned:
+            prompt_len = self.requests[request_id].num_prompt_tokens
+            orders.patterns.append(StartPattern(request_id, pattern_words(prefill.pattern), prompt_len))
 
     def _read(self, orders: StepOrders, request_id: str, num_scheduled: int) -> None:
         """Say what a request's step reads where it has a selector, and one token behind its prompt."""
@@ -183,6 +229,11 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         for report in reports_of(model_runner_output):
+            if isinstance(report, PatternReport):
+                self.prefill_totals.add(report)
+                if prefill := self.prefills.get(report.request_id):
+                    prefill.report = report
+                continue
             compression = self.compressions.get(report.request_id)
             if compression and compression.plan and compression.policy:  # not aborted meanwhile
                 compression.report = report
@@ -219,11 +270,15 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         if selector := self.reads.selector(request.request_id):
             told["decode_usage"] = {**selector_words(selector), "steps": self.reads.usage(request.request_id)}
             told["decode_totals"] = {name: dict(steps) for name, steps in self.reads.totals.items()}
+        if prefill := self.prefills.get(request.request_id):
+            told["prefill_usage"] = prefill_usage(prefill.pattern, prefill.report)
+            told["prefill_totals"] = self.prefill_totals.by_pattern
         return {EXTRA_ARG: told}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.compressions.pop(request.request_id, None)
+        self.prefills.pop(request.request_id, None)
         self.reads.finish(request.request_id)
         self.kv_blocks.drop_plan(request.request_id)
 
