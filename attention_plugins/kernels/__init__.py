@@ -2,6 +2,7 @@
 
 from attention_plugins.kernels.attention import page_attention, slot_attention
 from attention_plugins.kernels.newest import newest_slots
+from attention_plugins.kernels.page_lists import page_lists
 from attention_plugins.kernels.page_rows import full_rows
 from attention_plugins.kernels.places import place_slots
 from attention_plugins.kernels.quest import grow_bounds, page_scores
@@ -18,6 +19,7 @@ __all__ = [
     "newest_slots",
     "page_attention",
     "page_bounds",
+    "page_lists",
     "page_scores",
     "place_slots",
     "pool_scores",

@@ -5,6 +5,7 @@
 
 from attention_plugins.naive.attention import page_attention, slot_attention
 from attention_plugins.naive.newest import newest_slots
+from attention_plugins.naive.page_lists import page_lists
 from attention_plugins.naive.places import place_slots
 from attention_plugins.naive.quest import grow_bounds, page_bounds, page_scores, write_bounds
 from attention_plugins.naive.recycle import append_newest, evict_least
@@ -20,6 +21,7 @@ __all__ = [
     "newest_slots",
     "page_attention",
     "page_bounds",
+    "page_lists",
     "page_scores",
     "place_slots",
     "pool_scores",
