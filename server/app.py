@@ -14,17 +14,19 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.usage.usage_lib import UsageContext
 
+from attention_plugins.prefill.orders import PATTERNS
 from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
-from server.calibration import CacheShape, read_calibration
+from server.calibration import CacheShape, read_calibration, read_head_tables
 from server.decode_settings import selector_desk
 from server.desks import Desks
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.flags import in_flags
-from server.metrics import CompressionMetrics, DecodeMetrics
+from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
+from server.prefill_settings import pattern_desk
 from server.refusals import refuse_config
 from server.settings import house_rules
 
@@ -119,6 +121,8 @@ async def _ask_workers(engine: LongreachLLM) -> None:
     """
     try:
         for missing in await engine.collective_rpc("missing_evidence"):
+            if reason := missing.pop(PATTERNS, None):
+                engine.desks.patterns.lacks(reason)
             engine.desks.policies.lacks(missing)
     except PolicyError as error:
         raise StartError(in_flags(error)) from None
@@ -171,6 +175,7 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     engine.desks = desks
     engine.metrics = CompressionMetrics(config.model_config.served_model_name)
     engine.decode_metrics = DecodeMetrics(config.model_config.served_model_name)
+    engine.prefill_metrics = PrefillMetrics(config.model_config.served_model_name)
     return engine
 
 
@@ -193,4 +198,8 @@ def _desks(args: Namespace, default: dict[str, Any], platform: Platform, config:
     if args.decode_calibration:
         cache = CacheShape(shape.num_layers, shape.num_kv_heads, model.get_head_size())
         read_calibration(args.decode_calibration, cache)
-    return Desks(policies, selector_desk(args, platform))
+    if args.prefill_calibration:
+        read_head_tables(
+            args.prefill_calibration, (shape.num_layers, model.model_arch_config.total_num_attention_heads)
+        )
+    return Desks(policies, selector_desk(args, platform), pattern_desk(args, platform))

@@ -16,6 +16,7 @@ from server.decode_settings import add_decode_flags
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.errors import StartError, one_line
 from server.platforms import NO_DEVICE, Platform, stand_in
+from server.prefill_settings import add_prefill_flags
 from server.settings import add_flags
 
 EMBEDDED_CACHE_BYTES = 1 << 30
@@ -53,6 +54,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     make_arg_parser(parser)
     add_flags(parser)
     add_decode_flags(parser)
+    add_prefill_flags(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", **eager)
     return parser

@@ -1,4 +1,4 @@
-"""Files of `longreach calibrate`: what selectors have to know of a model beforehand."""
+"""Files of `longreach calibrate`: what selectors and patterns have to know of a model beforehand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from attention_plugins.decode.loki import BASIS
+from attention_plugins.prefill.minference import TABLE, Kind
 from server.errors import StartError, one_line
 
 LAYERS = ("tidal.layers", "lessismore.layers")
@@ -32,14 +33,8 @@ def read_calibration(file: str | Path, model: CacheShape | None = None) -> dict[
     Raises:
         StartError: the file can't be read, lacks a tensor, or is of another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     where = f"--decode-calibration {file}"
-    try:
-        found: dict[str, torch.Tensor] = load_file(Path(file).expanduser())
-    except (OSError, SafetensorError) as error:
-        raise StartError(f"{where}: can't be read as safetensors: {one_line(error)}") from None
+    found = _load(where, file)
     if missing := [name for name in (BASIS, *LAYERS) if name not in found]:
         raise StartError(f"{where}: lacks {', '.join(missing)}; write it anew with `longreach calibrate`")
     if problem := _problem(found, model):
@@ -66,3 +61,45 @@ def _problem(found: dict[str, torch.Tensor], model: CacheShape | None) -> str | 
         if chosen.dtype != torch.int64 or not ordered or not 0 <= chosen[0] <= chosen[-1] < layers:
             return f"{name} must be some of the {layers} layers, int64, in their order, is {chosen.tolist()}"
     return None
+
+
+def read_head_tables(file: str | Path, model: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file of `longreach calibrate --prefill`, by name.
+
+    Args:
+        model: layers and query heads of the served model, once it is known.
+
+    Raises:
+        StartError: the file can't be read, lacks the table, or is of another model.
+    """
+    where = f"--prefill-calibration {file}"
+    found = _load(where, file)
+    if TABLE not in found:
+        raise StartError(f"{where}: lacks {TABLE}; write it with `longreach calibrate --prefill`")
+    table = found[TABLE]
+    if table.dtype != torch.int64 or table.ndim != 3 or table.shape[2] != 3:
+        problem = f"{TABLE} must be int64 [layers, heads, 3], is {table.dtype} {list(table.shape)}"
+    elif bool((table < 0).any()) or int(table[..., 0].max()) >= len(Kind):
+        problem = f"{TABLE} holds kinds or sizes that there aren't"
+    elif model is not None and tuple(table.shape[:2]) != model:
+        problem = (
+            f"{TABLE} is of {table.shape[0]} layers and {table.shape[1]} heads, the model has {model[0]} and {model[1]}"
+        )
+    else:
+        return found
+    raise StartError(f"{where}: {problem}; measure this model with `longreach calibrate --prefill`")
+
+
+def _load(where: str, file: str | Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        StartError: the file can't be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, torch.Tensor] = load_file(Path(file).expanduser())
+    except (OSError, SafetensorError) as error:
+        raise StartError(f"{where}: can't be read as safetensors: {one_line(error)}") from None
+    return found

@@ -24,6 +24,8 @@ USAGE = """usage: longreach COMMAND ...
         the KV-cache policies with their arguments, defaults, needs and papers
   selectors [--json]
         the selectors of what decoding reads, likewise
+  patterns [--json]
+        the patterns of what is computed of a prompt's attention, likewise
   explain PROMPT_FILE|- [--output FILE.png|FILE.html] [--kv-policy NAME] [--kv-...] [--model MODEL]
         which tokens of a prompt a policy keeps, by layer, head and position
   head-gates PROMPT_FILE... --output FILE [--model MODEL]
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         "serve": _serve,
         "policies": _policies,
         "selectors": _selectors,
+        "patterns": _patterns,
         "explain": _explain,
         "head-gates": _head_gates,
         "calibrate": _calibrate,
@@ -72,6 +75,7 @@ def _fail(message: object) -> NoReturn:
 def _start_errors() -> Iterator[None]:
     """What may be wrong with a command line, a model or this machine ends in one line and exit code 2."""
     from attention_plugins.decode.registry import selectors
+    from attention_plugins.prefill.registry import patterns
     from kvcache.registry import policies
     from kvcache.vllm_adapter.compat import IncompatibleVLLM, check
     from server.embedded import EmbeddedModelError
@@ -80,8 +84,9 @@ def _start_errors() -> Iterator[None]:
     try:
         policies()
         selectors()
+        patterns()
     except (ValueError, ImportError, AttributeError) as error:
-        _fail(f"a package with a KV-cache policy or a selector can't be used: {one_line(error)}")
+        _fail(f"a package with a KV-cache policy, a selector or a pattern can't be used: {one_line(error)}")
     try:
         check()
         yield
@@ -105,6 +110,7 @@ def _serve(argv: list[str]) -> None:
 
         from server.arguments import parse, resolve_model
         from server.decode_settings import pass_selectors
+        from server.prefill_settings import pass_patterns
         from server.refusals import refuse_args
         from server.settings import default_policy, pass_weights
 
@@ -118,6 +124,7 @@ def _serve(argv: list[str]) -> None:
         default = default_policy(args, platform)
         pass_weights(args)
         pass_selectors(args, platform, default)
+        pass_patterns(args, platform)
         resolve_model(args)
 
         import uvloop
@@ -171,6 +178,18 @@ def _selectors(argv: list[str]) -> None:
         return ", ".join(needs_of(selector)) or "nothing"
 
     _list(selectors(), as_json, f"{DENSE}\n    Read everything: stock vLLM.", needs)
+
+
+def _patterns(argv: list[str]) -> None:
+    as_json = _asks_for_json(argv, "patterns", "List the patterns: what is computed of a prompt's attention.")
+
+    from attention_plugins.prefill.registry import DENSE, patterns
+    from server.patterns import needs_of
+
+    def needs(pattern: dict[str, Any]) -> str:
+        return ", ".join(needs_of(pattern)) or "nothing"
+
+    _list(patterns(), as_json, f"{DENSE}\n    Attend to everything: stock vLLM.", needs)
 
 
 def _asks_for_json(argv: list[str], command: str, description: str) -> bool:

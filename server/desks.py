@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from attention_plugins.decode.registry import DENSE, selectors
 from kvcache.method import PolicyError
 from kvcache.registry import NONE
+from server.patterns import PatternDesk
 from server.policies import PolicyDesk
 from server.selectors import SelectorDesk
 
@@ -53,9 +54,10 @@ class Desks:
 
     policies: PolicyDesk
     selectors: SelectorDesk
+    patterns: PatternDesk
 
     def __iter__(self) -> Iterator[Desk]:
-        return iter((self.policies, self.selectors))
+        return iter((self.policies, self.selectors, self.patterns))
 
     @property
     def fields(self) -> list[str]:
@@ -81,7 +83,8 @@ class Desks:
         Raises:
             PolicyError: they don't; names both.
         """
-        policy, selector = self.completed(words).values()
+        completed = self.completed(words)
+        policy, selector = completed[self.policies.field], completed[self.selectors.field]
         if clash(policy, selector):
             raise PolicyError(
                 f"{self.selectors.field}.selector",

@@ -43,13 +43,15 @@ def examine() -> list[Finding]:
         findings.append(Finding(True, f"vLLM {installed_version()}: everything private that Longreach uses is there"))
     findings.append(Finding(platform.name != NO_DEVICE, f"vLLM's platform: {platform.name}"))
     if platform.unavailable:
-        findings.append(Finding(False, f"KV-cache policies and decode selectors: {platform.unavailable}", needed=False))
+        findings.append(Finding(False, f"policies, selectors and patterns: {platform.unavailable}", needed=False))
     else:
         from attention_plugins.decode.registry import selectors
+        from attention_plugins.prefill.registry import patterns
         from kvcache.registry import policies
 
         findings.append(Finding(True, f"KV-cache policies: {', '.join(policies())}"))
         findings.append(Finding(True, f"decode selectors: {', '.join(selectors())}"))
+        findings.append(Finding(True, f"prefill patterns: {', '.join(patterns())}"))
     findings += [_plugin(), _embedded()]
     return findings
 

@@ -1,4 +1,4 @@
-"""vLLM's engine client, giving every request its policy and its selector, and taking note of what they did."""
+"""vLLM's engine client, giving requests their policy, selector and pattern, and taking note of what these did."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.desks import Desks, Words
-from server.metrics import CompressionMetrics, DecodeMetrics
+from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.scope import KV_FIELD, RequestScope, current_scope
 
 
@@ -23,6 +24,7 @@ class LongreachLLM(AsyncLLM):
     desks: Desks
     metrics: CompressionMetrics
     decode_metrics: DecodeMetrics
+    prefill_metrics: PrefillMetrics
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's. Not a coroutine, so that a refusal comes before an answer, also a streamed one, has begun.
@@ -43,9 +45,10 @@ class LongreachLLM(AsyncLLM):
         return self.desks.policies.unavailable is None
 
     def _extra_args(self, others: dict[str, Any], words: dict[str, Words]) -> dict[str, Any]:
-        """What the scheduler looks at, beside others' entries; one that reads everything is vLLM's business alone."""
+        """What the scheduler looks at, beside others' entries; what reads everything is vLLM's business alone."""
         others = {name: value for name, value in others.items() if name not in words}
-        return {**others, **{field: told for field, told in words.items() if told != self.desks.selectors.off}}
+        off = {desk.field: desk.off for desk in (self.desks.selectors, self.desks.patterns)}
+        return {**others, **{field: told for field, told in words.items() if told != off.get(field)}}
 
     async def _noting(
         self, outputs: AsyncGenerator[Any, None], words: dict[str, Words], scope: RequestScope | None
@@ -59,6 +62,7 @@ class LongreachLLM(AsyncLLM):
                     output.kv_transfer_params = params or None
                     self.metrics.update(told["totals"])
                     self.decode_metrics.update(told.get("decode_totals") or {})
+                    self.prefill_metrics.update(told.get("prefill_totals") or {})
                 if output.finished and scope:
                     if not self._ours:  # vLLM's own scheduler, which tells nothing
                         told = {"usage": _all_kept(words[KV_FIELD], output)}
@@ -69,10 +73,14 @@ class LongreachLLM(AsyncLLM):
     def _tell(self, scope: RequestScope, told: dict[str, Any]) -> None:
         """Take note for the answer's usage. Reading everything is worth a word only where it was asked for."""
         scope.tell(KV_FIELD, told["usage"])
-        if decode := told.get("decode_usage"):
-            scope.tell(DECODE_FIELD, decode)
-        elif scope.words.get(DECODE_FIELD) == self.desks.selectors.off:
-            scope.tell(DECODE_FIELD, self.desks.selectors.off)
+        for field, name, off in (
+            (DECODE_FIELD, "decode_usage", self.desks.selectors.off),
+            (PREFILL_FIELD, "prefill_usage", self.desks.patterns.off),
+        ):
+            if usage := told.get(name):
+                scope.tell(field, usage)
+            elif scope.words.get(field) == off:
+                scope.tell(field, off)
 
     def _check_pool(self, prompt: Any, words: Words) -> None:
         """A prompt and its target blocks have to fit the pool at the same time, once.

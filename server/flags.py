@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.method import Arguments, PolicyError
 from server.errors import StartError
 
@@ -69,11 +70,12 @@ class FieldFlags:
 
 KV = FieldFlags("kv_cache", "--kv-")
 DECODE = FieldFlags(DECODE_FIELD, "--decode-", {"selector": "attention", DECODE_FIELD: "attention"})
+PREFILL = FieldFlags(PREFILL_FIELD, "--prefill-", {"pattern": "attention", PREFILL_FIELD: "attention"})
 
 
 def in_flags(error: PolicyError) -> str:
     """A request's error in the words of the command line."""
-    for family in (KV, DECODE):
+    for family in (KV, DECODE, PREFILL):
         if error.field.partition(".")[0] == family.field:
             argument = error.field.removeprefix(f"{family.field}.")
             return f"{family.flag(argument)}: {error.problem} Allowed: {error.allowed}."

@@ -27,6 +27,7 @@ from server.decode_settings import pass_selectors
 from server.errors import StartError, one_line
 from server.flags import tell_workers
 from server.platforms import Platform, choose_scheduler, detect, prepare
+from server.prefill_settings import pass_patterns
 from server.refusals import refuse_args, refuse_config
 
 
@@ -166,6 +167,7 @@ def make_ready(args: Namespace, platform: Platform) -> None:
     if args.tensor_parallel_size > 1:
         raise StartError("--tensor-parallel-size: an engine inside one process has one worker")
     prepare(args, platform)
+    pass_patterns(args, platform)
     if args.decode_selectors:
         pass_selectors(args, platform, policy_words(None))
     resolve_model(args)

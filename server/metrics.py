@@ -15,6 +15,14 @@ NAMES = {
 STEPS = "Steps of decoding of requests with a selector, by what they read; crowded: all, for want of room."
 
 
+PREFILL_NAMES = {
+    "prompts": ("longreach_prefill_prompts", "Prompts attended by a pattern."),
+    "tokens": ("longreach_prefill_tokens", "Their tokens, without those that the prefix cache gave."),
+    "pairs": ("longreach_prefill_pairs", "(Block of 128 queries, page of keys) pairs of their attention, all layers."),
+    "pairs_computed": ("longreach_prefill_pairs_computed", "Those of them that were computed, mean over heads."),
+}
+
+
 class _Follower:
     """A counter that follows running totals.
 
@@ -62,3 +70,20 @@ class DecodeMetrics:
         for selector, modes in totals.items():
             for mode, steps in modes.items():
                 self.steps.follow(steps, self.model_name, selector, mode)
+
+
+class PrefillMetrics:
+    """What patterns have computed of prompts: fed like `CompressionMetrics`. Computed pairs by pairs is the density."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
+        self.model_name = model_name
+        self.counters = {
+            name: _Follower(Counter(metric, help_text, ["model_name", "pattern"], registry=registry))
+            for name, (metric, help_text) in PREFILL_NAMES.items()
+        }
+
+    def update(self, totals: dict[str, dict[str, float]]) -> None:
+        """Raise the counters to the engine's totals (`attention_plugins.prefill.usage.PrefillTotals.by_pattern`)."""
+        for pattern, values in totals.items():
+            for name, counter in self.counters.items():
+                counter.follow(values[name], self.model_name, pattern)

@@ -1,4 +1,4 @@
-"""Longreach's fields of requests and answers, `kv_cache` and `decode_attention`, around vLLM's own handlers."""
+"""Longreach's fields of requests and answers (`kv_cache` and its like), around vLLM's own handlers."""
 
 from __future__ import annotations
 

@@ -25,6 +25,12 @@ async def show_selectors(request: Request) -> JSONResponse:
     return JSONResponse(request.app.state.longreach_desks.selectors.describe())
 
 
+@router.get("/v1/prefill/patterns")
+async def show_patterns(request: Request) -> JSONResponse:
+    """The patterns of this server, with their arguments as JSON schema."""
+    return JSONResponse(request.app.state.longreach_desks.patterns.describe())
+
+
 @router.get("/v1/models")
 async def show_models(request: Request) -> JSONResponse:
     """vLLM's list of models, each with the server's defaults for our fields."""

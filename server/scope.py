@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 
 KV_FIELD = "kv_cache"
 
@@ -60,7 +61,21 @@ def merge_decode(usages: list[dict[str, Any]]) -> dict[str, Any]:
     return {**usages[0], "steps": dict(steps)} if "steps" in usages[0] else usages[0]
 
 
+def merge_prefill(usages: list[dict[str, Any]]) -> dict[str, Any]:
+    """One field for an answer to several prompts: tokens add up, densities are averaged by prompt."""
+    if len(usages) == 1 or "density" not in usages[0]:
+        return usages[0]
+    densities = [usage["density"] for usage in usages]
+    merged: dict[str, Any] = {"mean": sum(density["mean"] for density in densities) / len(densities)}
+    layers = [density["by_layer"] for density in densities if "by_layer" in density]
+    if len(layers) == len(densities):
+        merged["by_layer"] = [sum(parts) / len(parts) for parts in zip(*layers, strict=True)]
+    tokens = {"tokens": sum(usage.get("tokens", 0) for usage in usages)} if layers else {}
+    return {**usages[0], **tokens, "density": merged}
+
+
 _MERGE: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     KV_FIELD: merge_kv,
     DECODE_FIELD: merge_decode,
+    PREFILL_FIELD: merge_prefill,
 }

@@ -83,7 +83,6 @@ def flash_attn_varlen_func(
     descales = (q_descale, k_descale, v_descale)
     if fa_version == 2 and num_splits > 1:
         raise NotImplementedError("FA2 does not support num_splits > 1")
-    assert causal or max_seqlen_q == 1, "only a single query may say that it sees all"
     assert fa_version == 3 if fp8 else fa_version in (2, 3)
     assert q.dtype == k.dtype == v.dtype and k.stride(-1) == v.stride(-1) == 1
     for tensor, shape in ((cu_seqlens_q, [sequences + 1]), (seqused_k, [sequences])):
@@ -113,7 +112,9 @@ def flash_attn_varlen_func(
         of_q, of_k, of_v = (factor[sequence].view(-1, 1, 1) for factor in factors)
         keys, values = (content[pages].flatten(0, 1)[:length].transpose(0, 1).float() for content in (k, v))
         queries = q[first:last].float() * of_q.repeat_interleave(q.shape[1] // kv_heads, 0).view(1, -1, 1)
-        seen = torch.arange(length) <= torch.arange(length - (last - first), length)[:, None]
+        seen = torch.ones(last - first, length, dtype=torch.bool)
+        if causal:
+            seen = torch.arange(length) <= torch.arange(length - (last - first), length)[:, None]
         seen = seen.expand(kv_heads, -1, -1)
         out[first:last] = attention(queries, keys * of_k, values * of_v, seen, softmax_scale, softcap).to(dtype)
         lse[:, first:last] = logits_of(queries, keys * of_k, seen, softmax_scale, softcap).logsumexp(-1)

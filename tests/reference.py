@@ -12,6 +12,9 @@ _masks: list[torch.Tensor] | None = None
 Reads = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [num_kv_heads, group, d] times the scale, keys [num_kv_heads, n, d]) -> bool [num_kv_heads, n]."""
 _reads: Reads | None = None
+Attends = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, queries [q, num_heads, d], keys, values [num_kv_heads, n, d]) -> [q, num_heads, d]."""
+_attends: Attends | None = None
 
 
 def _attention(
@@ -27,6 +30,8 @@ def _attention(
 
     query [1, num_heads, q, d], key and value [1, num_kv_heads, n, d]; masks bool [num_kv_heads, prompt_len].
     """
+    if _attends is not None:
+        return _attends(module.layer_idx, query[0].transpose(0, 1), key[0], value[0])[None], None
     group = query.shape[1] // key.shape[1]
     q, n = query.shape[2], key.shape[2]
     visible = torch.arange(n) <= torch.arange(n - q, n)[:, None]
@@ -104,6 +109,26 @@ class Reference:
                 tokens.append(int(output.logits[0, -1].argmax()))
         finally:
             _reads = None
+        return tokens
+
+    @torch.inference_mode()
+    def greedy_planned(self, prompt: list[int], max_tokens: int, attends: Attends, chunk: int) -> list[int]:
+        """Greedy tokens where the prompt, so many tokens at a time, is attended as `attends` says."""
+        global _attends, _masks
+        _masks, cache = None, None
+        _attends = attends
+        try:
+            for first in range(0, len(prompt), chunk):
+                piece = torch.tensor([prompt[first : first + chunk]])
+                output = self.model(piece, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+        finally:
+            _attends = None
+        tokens = [int(output.logits[0, -1].argmax())]
+        while len(tokens) < max_tokens:
+            output = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens.append(int(output.logits[0, -1].argmax()))
         return tokens
 
     @torch.inference_mode()

@@ -10,6 +10,9 @@ import torch
 from attention_plugins.prefill.base import Pattern
 from attention_plugins.prefill.grid import ROWS
 
+PATTERNS = "prefill patterns"
+"""Beside kinds of evidence, what workers may say they lack."""
+
 
 @dataclass(frozen=True)
 class StartPattern:
@@ -72,17 +75,18 @@ def applies(pattern: Pattern, num_layers: int, k_len: int) -> bool:
     return any(pattern.applies(layer, k_len) for layer in range(num_layers))
 
 
-def aligned(computed: int, tokens: int, prompt_len: int) -> int:
+def aligned(computed: int, tokens: int, prompt_len: int, can_wait: bool) -> int:
     """How many tokens of a chunk to schedule: chunks end at multiples of 128 tokens, since blocks of queries are
     counted from a chunk's start; a prompt's last one ends where the prompt does.
 
     Args:
         computed: tokens before the chunk.
         tokens: most that it may have.
+        can_wait: whether none is an answer where there is no room for a whole block of queries.
     """
     if computed >= prompt_len or not tokens:
         return tokens
     end = min(computed + tokens, prompt_len)
-    if end < prompt_len and end // ROWS * ROWS > computed:
+    if end < prompt_len and (can_wait or end // ROWS * ROWS > computed):
         end = end // ROWS * ROWS
-    return end - computed
+    return max(0, end - computed)

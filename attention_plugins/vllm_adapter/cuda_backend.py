@@ -101,6 +101,7 @@ class StepBuffers:
 
 class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder):
     supports_update_block_table = False
+    hidden_len = 1
     buffers: StepBuffers
     """Set by the worker, on the implementations too."""
 

@@ -29,14 +29,14 @@ class FlashExecutor:
     listed before.
     """
 
-    def __init__(self, layers: Sequence[Any], lists: ModuleType, ops: ModuleType) -> None:
+    def __init__(self, layers: Sequence[Any], ops: ModuleType, estimators: ModuleType) -> None:
         """
         Args:
             layers: of the model, in order.
-            lists: has `page_lists`: `attention_plugins.naive` or `attention_plugins.kernels`.
-            ops: the estimators.
+            ops: `attention_plugins.naive` or `attention_plugins.kernels`.
+            estimators: see `Executor`.
         """
-        self.layers, self.lists, self.ops = layers, lists, ops
+        self.layers, self.ops, self.estimators = layers, ops, estimators
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         assert isinstance(chunk.keys, PagedTokens)
@@ -45,25 +45,24 @@ class FlashExecutor:
         out = torch.empty(flat.shape, dtype=chunk.queries.dtype, device=flat.device)
         least = max(1, TABLE_ENTRIES // (grid.q_blocks * grid.k_units))
         for first in range(0, heads, least):
-            slab = slice(first, min(first + least, heads))
-            table = chunk.keys.table.repeat_interleave(heads // len(chunk.keys.table), 0)[slab]
-            pages, lengths = self.lists.page_lists(plan.mask[slab], table, grid.last_rows)
+            last = min(first + least, heads)
+            pages, lengths = self.ops.page_lists(plan, chunk.keys.table, (first, last))
             layer.impl.flash(
                 layer,
-                flat[slab].flatten(0, 1),
+                flat[first:last].flatten(0, 1),
                 pages,
                 lengths,
-                out=out[slab].flatten(0, 1),
+                out=out[first:last].flatten(0, 1),
                 max_seqlen_q=min(ROWS, grid.q_len),
-                cu_seqlens_q=_starts(slab.stop - slab.start, grid),
+                cu_seqlens_q=_starts(last - first, grid),
                 causal=True,
                 num_splits=self._num_splits(layer),
             )
         return out.transpose(0, 1).flatten(1, 2)
 
     def dense_rows(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, rows: torch.Tensor) -> torch.Tensor:
-        """All rows see what lies before the chunk: one sequence per KV head. Of the chunk itself each sees another part:
-        one sequence per row and KV head. Two parts that are merged by their denominators."""
+        """All rows see what lies before the chunk: one sequence per KV head. Of the chunk itself each sees another
+        part: one sequence per row and KV head. Two parts that are merged by their denominators."""
         assert isinstance(chunk.keys, PagedTokens)
         layer, unit, kv_heads = self.layers[chunk.layer], chunk.unit, chunk.num_kv_heads
         before, device = chunk.offset // unit, rows.device  # whole pages that all rows see

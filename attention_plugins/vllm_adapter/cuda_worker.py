@@ -15,9 +15,13 @@ from vllm.v1.worker.gpu_worker import Worker
 from attention_plugins import kernels
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.settings import DecodeSettings
+from attention_plugins.prefill import scores
 from attention_plugins.vllm_adapter import cuda_backend
 from attention_plugins.vllm_adapter.cuda_backend import FlashPages, StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
+from attention_plugins.vllm_adapter.cuda_prefill import FlashExecutor
+from attention_plugins.vllm_adapter.cuda_prefill import nbytes as prefill_bytes
+from attention_plugins.vllm_adapter.prefilling import Executor
 from attention_plugins.vllm_adapter.readers import blocks_beside_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
 from kvcache.evidence import PagedEvidence, QuantScales
@@ -49,6 +53,9 @@ class CUDACompressionWorker(CompressionWorker, Worker):
     def read_pages(self) -> ReadPages:
         settings, heads = DecodeSettings.of(self.vllm_config.additional_config), self.attention_layers[0].impl
         return FlashPages(self.attention_layers, settings.states * heads.num_kv_heads)
+
+    def executor(self) -> Executor:
+        return FlashExecutor(self.attention_layers, kernels, scores)
 
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         names = self.model_runner.req_states.index_to_req_id
@@ -121,6 +128,9 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             + 4 * layers * kv_heads * config.model_config.max_model_len
             + QueryMoments.nbytes(layers, heads, head_dim)
             + namm
+            + prefill_bytes(
+                heads, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len, page_size
+            )
             + GRAPH_BYTES * graphs
         )
 

@@ -30,8 +30,8 @@ Tokens = torch.Tensor | Reader
 class Executor(Protocol):
     """A platform's attention over plans."""
 
-    ops: ModuleType
-    """The estimators that patterns call: `attention_plugins.prefill.scores`, or kernels of the same names."""
+    estimators: ModuleType
+    """What patterns call that patterns call: `attention_plugins.prefill.scores`, or kernels of the same names."""
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         """Attention over a plan: [q_len, num_heads, head_dim].
@@ -47,7 +47,7 @@ class Executor(Protocol):
 class NaiveExecutor:
     """In plain torch."""
 
-    ops: ModuleType = scores
+    estimators: ModuleType = scores
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         return sparse_attention(chunk, values, plan)[0]
@@ -206,7 +206,7 @@ class Prefilling:
             cache.layer,
             chunk.prompt.prompt_len,
             self.calibration,
-            self.executor.ops,
+            self.executor.estimators,
         )
 
     def _tokens(self, cache: LayerCache, chunk: PromptChunk, values: bool) -> PagedTokens:

@@ -17,7 +17,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.rows import LayerCache
 from attention_plugins.decode.settings import DecodeSettings
-from attention_plugins.prefill.orders import PendingPatternReport
+from attention_plugins.prefill.orders import PATTERNS, PendingPatternReport
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.prefilling import Executor, Prefilling, prefill_calibration
 from attention_plugins.vllm_adapter.readers import make_readers, place_for, read_calibration
@@ -32,9 +32,6 @@ from kvcache.orders import PendingReport
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.tables import PageTables
 from kvcache.vllm_adapter.orders import attach_reports
-
-PATTERNS = "prefill patterns"
-"""Beside kinds of evidence, what a worker may lack."""
 
 
 class ReportingOutput(AsyncModelRunnerOutput):

@@ -16,6 +16,7 @@ from attention_plugins.decode.registry import FIELD, make_selector, selector_wor
 from attention_plugins.decode.schedule import Prepare, ReadSchedule
 from attention_plugins.decode.settings import DecodeSettings, score_capacity
 from attention_plugins.prefill.base import Pattern
+from attention_plugins.prefill.grid import ROWS
 from attention_plugins.prefill.orders import PatternReport, StartPattern, aligned, applies
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from attention_plugins.prefill.registry import make_pattern, pattern_words
@@ -140,26 +141,34 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         return f"its compaction would need {needed} blocks, the KV cache has {there}; a smaller budget needs fewer"
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """A hit must leave to be computed what observers watch: queries are cached nowhere."""
+        """A hit must leave to be computed what observers watch: queries are cached nowhere. Where a pattern plans, it
+        ends with a whole block of queries."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        compression = self.compressions[request.request_id]
+        compression, limit = self.compressions[request.request_id], num_tokens
         if compression.plan and compression.policy:
-            limit = compression.policy.first_query(compression.plan.prompt_len)
-            limit -= limit % self.kv_blocks.block_size
-            if num_tokens > limit:
-                blocks, num_tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+            limit = min(limit, compression.policy.first_query(compression.plan.prompt_len))
+        if self._planned(request):
+            limit -= limit % ROWS
+        limit -= limit % self.kv_blocks.block_size
+        if num_tokens > limit:
+            blocks, num_tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return blocks, num_tokens, boundary, diverged
 
+    def _planned(self, request: Request) -> bool:
+        prefill = self.prefills.get(request.request_id)
+        return prefill is not None and prefill.planned
+
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """A prompt with a suffix, or one that replays its answer after preemption, stops where it is compacted."""
+        """A prompt with a suffix, or one that replays its answer after preemption, stops where it is compacted; one
+        with a pattern, where a block of queries ends, or it waits for room for one."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.compressions[request.request_id].plan
         boundary = plan.next_boundary(num_computed_tokens) if plan else None
         num_new_tokens = min(num_new_tokens, boundary - num_computed_tokens) if boundary else num_new_tokens
-        prefill = self.prefills.get(request.request_id)
-        if prefill is None or not prefill.planned:
+        if not self._planned(request):
             return num_new_tokens
-        return aligned(num_computed_tokens, num_new_tokens, request.num_prompt_tokens)
+        can_wait = self.max_num_scheduled_tokens >= self.max_num_running_reqs + ROWS  # there is room, sooner or later
+        return aligned(num_computed_tokens, num_new_tokens, request.num_prompt_tokens, can_wait)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)

@@ -376,7 +376,7 @@ def test_dense_rows_see_compacted_ones_shortened(
     """To their queries, in all lengths that the batch has."""
     common = batch([1, 3, 7, 2], [100, 40, 200, 300], [110, 41, 201, 302])
     before = replace(common, seq_lens=common.seq_lens.clone())
-    short = shortened(common, np.array(compacted))
+    short = shortened(common, np.array(compacted), None)
     assert short.seq_lens.tolist() == lengths and short.seq_lens.dtype == torch.int32
     assert short.seq_lens_cpu_upper_bound.tolist() == bounds
     assert short.seq_lens_cpu_upper_bound.dtype == torch.int32 and short.max_seq_len == most
@@ -385,7 +385,7 @@ def test_dense_rows_see_compacted_ones_shortened(
     kept = {"seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len"}
     assert all(getattr(short, name) is value for name, value in vars(common).items() if name not in kept)
 
-    short = shortened(batch([1, 3, 7, 2], [100, 40, 200, 300], None), np.array(compacted))
+    short = shortened(batch([1, 3, 7, 2], [100, 40, 200, 300], None), np.array(compacted), None)
     assert (short.seq_lens.tolist(), short.seq_lens_cpu_upper_bound, short.max_seq_len) == (lengths, None, 1000)
 
 

@@ -51,3 +51,5 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
     assert not shared_engine.manager.target_blocks
     assert not shared_engine.manager.plans
     assert not shared_engine.scheduler.compressions
+    assert not shared_engine.scheduler.prefills
+    assert not shared_engine.runtime.prefilling.prompts

@@ -27,12 +27,17 @@ class Job:
     max_tokens: int = 12
     decode: dict[str, Any] | None = None
     """Its selector."""
+    prefill: dict[str, Any] | None = None
+    """Its pattern."""
+    salt: str | None = None
     tokens: list[int] = field(default_factory=list)
     compactions: list[tuple[int, list[list[torch.Tensor]]]] = field(default_factory=list, repr=False)
     """(tokens computed, positions kept by layer and KV head), one for each."""
     usage: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     """Of its selector, by mode."""
+    prefilled: dict[str, Any] = field(default_factory=dict)
+    """What is told of its pattern."""
     cached_tokens: int | None = None
     preemptions: int = 0
     tokens_when_preempted: int = 0
@@ -105,12 +110,13 @@ class Engine:
         from vllm import SamplingParams
 
         job.request_id = f"job-{next(self._numbers)}"
-        asked = {"kv_cache": job.words, "decode_attention": job.decode}
+        asked = {"kv_cache": job.words, "decode_attention": job.decode, "prefill_attention": job.prefill}
         extra = {name: words for name, words in asked.items() if words} or None
         params = SamplingParams(
             max_tokens=job.max_tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra
         )
-        self.llm.llm_engine.add_request(job.request_id, {"prompt_token_ids": job.prompt}, params)
+        prompt = {"prompt_token_ids": job.prompt} | ({"cache_salt": job.salt} if job.salt else {})
+        self.llm.llm_engine.add_request(job.request_id, prompt, params)
         self._jobs[job.request_id] = job
         return job
 
@@ -133,6 +139,7 @@ class Engine:
             if output.kv_transfer_params:
                 job.usage = output.kv_transfer_params["kv_cache"]["usage"]
                 job.steps = output.kv_transfer_params["kv_cache"].get("decode_usage", {}).get("steps", {})
+                job.prefilled = output.kv_transfer_params["kv_cache"].get("prefill_usage", {})
         for request in self.scheduler.requests.values():
             name = request.request_id.rpartition("-")[0]
             if name in self._jobs:
