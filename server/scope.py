@@ -63,7 +63,7 @@ def merge_decode(usages: list[dict[str, Any]]) -> dict[str, Any]:
 
 def merge_prefill(usages: list[dict[str, Any]]) -> dict[str, Any]:
     """One field for an answer to several prompts: tokens add up, densities are averaged by prompt."""
-    if len(usages) == 1 or "density" not in usages[0]:
+    if len(usages) == 1 or "density" not in usages[0]:  # dense
         return usages[0]
     densities = [usage["density"] for usage in usages]
     merged: dict[str, Any] = {"mean": sum(density["mean"] for density in densities) / len(densities)}

@@ -17,7 +17,13 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
+from attention_plugins import kernels
+from attention_plugins.decode.rows import LayerCache
+from attention_plugins.prefill import scores
+from attention_plugins.prefill.orders import StartPattern
+from attention_plugins.vllm_adapter.cuda_prefill import FlashExecutor
 from attention_plugins.vllm_adapter.pages import flat_pages
+from attention_plugins.vllm_adapter.prefilling import Prefilling
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, set_runtime
 from attention_plugins.vllm_adapter.selection import Selecting, Selection
 from kvcache.compressor import Compressor
@@ -70,6 +76,7 @@ class Request:
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    pattern: dict[str, Any] | None = None
     blocks: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     computed: int = 0
@@ -129,6 +136,7 @@ class World:
         fp8: bool = False,
         softcap: float = 0.0,
         fa_version: int = 3,
+        max_len: int = MAX_LEN,
     ) -> None:
         """
         Args:
@@ -137,24 +145,30 @@ class World:
         """
         torch.manual_seed(num_heads * 100 + num_kv_heads)
         self.num_heads, self.num_kv_heads, self.fp8, self.softcap = num_heads, num_kv_heads, fp8, softcap
-        shape = (LAYERS, BLOCKS, num_kv_heads, PAGE, 2 * HEAD_DIM)
+        self.max_len = max_len
+        blocks = BLOCKS * max_len // MAX_LEN
+        shape = (LAYERS, blocks, num_kv_heads, PAGE, 2 * HEAD_DIM)
         # NaN, in fp8 too: whatever was never written, or was released, shows where it is read.
         self.cache = torch.full(shape, 0x7F, dtype=torch.uint8) if fp8 else torch.full(shape, float("nan"))
-        self.free = [block for block in torch.randperm(BLOCKS).tolist() if block != NULL]
+        self.free = [block for block in torch.randperm(blocks).tolist() if block != NULL]
         self.scales = [
             QuantScales(0.75 + layer / 4, 0.5 + layer / 8, 1.5 - layer / 4) if fp8 else QuantScales()
             for layer in range(LAYERS)
         ]
         pages, geometry = flat_pages(list(self.cache))
-        tables = PageTables(geometry, slots=MAX_REQS, width=MAX_LEN // PAGE + 1)
+        tables = PageTables(geometry, slots=MAX_REQS, width=max_len // PAGE + 1)
         codec = InterleavedCodec(PAGE, HEAD_DIM)
         self.compressor = UnevenCompressor(
             geometry, codec, pages, tables, scale=SCALE, quant=self.scales, keep_positions=True
         )
         self.names: dict[int, str] = {}
+        self.layers: list[SimpleNamespace] = []
+        caches = [LayerCache(layer, pages, geometry, codec, quant, SCALE) for layer, quant in enumerate(self.scales)]
+        executor = FlashExecutor(self.layers, kernels, scores)
         self.runtime = CompressionRuntime(
             self.compressor,
             Selecting(self.compressor, {}, ()),
+            Prefilling(caches, self.dtype, {}, executor),
             lambda common: [self.names[index] for index in common.req_idx.tolist()],
         )
         self.config = SimpleNamespace()
@@ -163,11 +177,13 @@ class World:
 
         self.buffers = backend.StepBuffers.make(MAX_REQS, num_kv_heads, tables.blocks.shape[1], pages.device)
         self.builder = make_builder(backend, self.config, num_kv_heads, self.buffers)
-        self.layers = [self._layer(backend, layer, pages, fa_version) for layer in range(LAYERS)]
+        self.layers += [self._layer(backend, layer, pages, fa_version) for layer in range(LAYERS)]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.impl.cache = cache
         # The runner's own: a graph reads them where they are.
         self.query_start = torch.zeros(MAX_REQS + 1, dtype=torch.int32)
         self.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32)
-        self.block_table = torch.zeros(MAX_REQS, MAX_LEN // PAGE + 3, dtype=torch.int32)
+        self.block_table = torch.zeros(MAX_REQS, max_len // PAGE + 3, dtype=torch.int32)
         self.dense_written: list[torch.Tensor | None] = [None] * LAYERS
         patch(FlashAttentionImpl, "forward", self._dense_forward)
 
@@ -205,9 +221,9 @@ class World:
         return request
 
     def _numbers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        keys = torch.randn(LAYERS, self.num_kv_heads, MAX_LEN, HEAD_DIM)
-        values = torch.randn(LAYERS, self.num_kv_heads, MAX_LEN, HEAD_DIM)
-        queries = 3 * torch.randn(LAYERS, MAX_LEN, self.num_heads, HEAD_DIM)
+        keys = torch.randn(LAYERS, self.num_kv_heads, self.max_len, HEAD_DIM)
+        values = torch.randn(LAYERS, self.num_kv_heads, self.max_len, HEAD_DIM)
+        queries = 3 * torch.randn(LAYERS, self.max_len, self.num_heads, HEAD_DIM)
         if self.fp8:
             return keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn), queries.to(torch.float8_e4m3fn)
         return keys, values, queries
@@ -248,7 +264,9 @@ class World:
         sources: list[int] = []
         if request.kept_pages is not None and not request.computed:
             orders.start.append(Start(request.name, request.policy, request.plan))
-        elif request.kept_pages is not None and request.computed >= request.prompt_len and not request.compacted:
+        if request.pattern and not request.computed:
+            orders.patterns.append(StartPattern(request.name, request.pattern, request.prompt_len))
+        if request.kept_pages is not None and request.computed >= request.prompt_len and not request.compacted:
             request.targets = [self.free.pop() for _ in range(request.kept_pages)]
             orders.compact.append(Compact(request.name, list(request.blocks), request.targets, request.prompt_len))
             sources = request.blocks[: request.plan.full_pages]
@@ -390,6 +408,7 @@ class World:
             dense.append(self.dense_written[layer.index])
         return Step(rows, graph.metadata, outputs, dense)
 
+    @torch.inference_mode()
     def _forward(
         self, layer: Any, queries: torch.Tensor, metadata: Any, output: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -420,7 +439,8 @@ class World:
             first, last = starts[row : row + 2]
             if first == last:
                 continue
-            assert 0 < last - first <= length <= attn_metadata.max_seq_len
+            hidden = length == 1  # attended apart: only the last query sees a key, and what it gives is overwritten
+            assert last - first > 0 and (hidden or last - first <= length) and length <= attn_metadata.max_seq_len
             assert last - first <= attn_metadata.max_query_len
             blocks = attn_metadata.block_table[row, : -(-length // PAGE)].long()
             content = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCu
 from attention_plugins.decode.rows import Mode
 from attention_plugins.decode.schedule import Read
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
+from attention_plugins.vllm_adapter.prefilling import NaiveExecutor, Prefilling
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime
 from attention_plugins.vllm_adapter.selection import Selecting, Selection
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
@@ -61,7 +62,13 @@ class Graphs:
             slot=lambda name: 0 if name == "packed" else None,
             observers=lambda name: (),
         )
-        self.runtime = CompressionRuntime(compressor, Selecting(compressor, readers, ()), lambda common: [])
+        prefilling = Prefilling((), torch.float32, {}, NaiveExecutor())
+        self.runtime = CompressionRuntime(
+            compressor,
+            Selecting(compressor, readers, ()),
+            prefilling,
+            lambda common: [],
+        )
         self.stock = ModelCudaGraphManager(config, torch.device("cpu"), mode, 1, lora_capture_cases=lora_cases)
         self.ours = CompressionGraphs(self.stock, self.runtime)
         self.log: list[ModelCudaGraphManager] = []

@@ -12,13 +12,14 @@ import torch
 
 from attention_plugins.decode.rows import Mode
 from attention_plugins.decode.schedule import Prepare, Read
+from attention_plugins.vllm_adapter.prefilling import NaiveExecutor, Prefilling
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for, set_runtime
 from attention_plugins.vllm_adapter.selection import Selecting, Selection
 from kvcache.orders import Compact, Start
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.kvcache.synthetic import WINDOW, PagedCache, words
 
-DENSE, COMPACTED, MIXED, SELECTED = BatchKind
+DENSE, COMPACTED, MIXED, SELECTED, _ = BatchKind
 POLICIES = {"random": words("random", 60), "snapkv": words("snapkv", 60)}
 
 
@@ -35,7 +36,8 @@ class Worker:
         self.shown: list[tuple[Any, ...]] = []
         readers: dict[str, Any] = {"quest": self.reader, "tidal": self.reader}
         selecting = Selecting(self.compressor, readers, ())
-        self.runtime = CompressionRuntime(self.compressor, selecting, lambda common: self.rows)
+        prefilling = Prefilling((), torch.float32, {}, NaiveExecutor())
+        self.runtime = CompressionRuntime(self.compressor, selecting, prefilling, lambda common: self.rows)
         self.free = self.cache.free.tolist()
 
     def start(self, name: str, policy: str = "random") -> Start:
@@ -74,7 +76,7 @@ class Worker:
             said = {
                 name: Read(name, selector, Mode.SELECT, 300, 64, 0.0, -1) for name, selector in (reads or {}).items()
             }
-            attach_orders(output, StepOrders(list(start), list(compact), list(prepare), said))
+            attach_orders(output, StepOrders(list(start), list(compact), list(prepare), reads=said))
         self.runtime.begin_step(output)
         assert self.runtime.in_step
         return self.runtime.kind, self.runtime.recording

@@ -57,7 +57,8 @@ def named(cases: list[dict[str, Any]]) -> Callable[[Any], Any]:
 
 def planned(words: dict[str, Any], prompt_len: int) -> Attends:
     """What the pattern makes of a prompt, in plain torch."""
-    pattern, carries = make_pattern(asking(words)), {}
+    pattern = make_pattern(asking(words))
+    carries: dict[int, torch.Tensor | None] = {}
     assert pattern is not None
 
     def attends(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from attention_plugins.prefill.orders import PatternReport
+from attention_plugins.prefill.usage import PrefillTotals
 from kvcache.vllm_adapter.orders import StepOrders
 from kvcache.vllm_adapter.scheduler import CompressionScheduler, _Compression
 
@@ -45,6 +47,10 @@ class Alone(CompressionScheduler):
         self.decode_settings = DecodeSettings(("recycled", "quest"))
         self.reads = ReadSchedule(states=4, capacity=10_000, page_size=PAGE)
         self.requests: dict[str, Any] = {}
+        self.prefills = {}
+        self.prefill_totals = PrefillTotals()
+        self.num_layers = 4
+        self.max_num_scheduled_tokens, self.max_num_running_reqs = 512, 256
 
     def plan(self, words: dict[str, Any] | None, prompt_len: int = 300, max_tokens: int = 500, **other: Any) -> Any:
         """Give a request its plan; the request."""
@@ -56,6 +62,7 @@ class Alone(CompressionScheduler):
             **{"sampling_params": params, "resumable": False, **other},
         )
         self._plan(request)
+        self._plan_prefill(request)
         return request
 
     def told(self, request: Any) -> dict[str, Any]:
@@ -253,3 +260,71 @@ def test_the_last_compaction_is_told() -> None:
         "bytes_freed": 16000,
     }  # fmt: skip
     assert scheduler._told(request)["kv_cache"]["totals"]["streamingllm"]["compactions"] == 2
+
+
+PATTERN = {"pattern": "streaming", "sinks": 16, "window": 64, "min_context": 300}
+
+
+def prefilling(scheduler: Alone, prompt_len: int, salt: str | None = None, **words: Any) -> Any:
+    """A request with a pattern."""
+    params = SimpleNamespace(extra_args={"prefill_attention": {**PATTERN, **words}})
+    hashed: list[str] = []
+    request = scheduler.plan(
+        None,
+        prompt_len,
+        sampling_params=params,
+        cache_salt=salt,
+        block_hashes=["old"],
+        update_block_hashes=lambda: hashed.append("again"),
+    )
+    scheduler.requests["r"], request.hashed = request, hashed
+    return request
+
+
+def test_prompts_with_a_pattern_have_a_part_of_the_prefix_cache_of_their_own() -> None:
+    salts = {
+        prefilling(Alone(), 300, salt, **words).cache_salt for salt in (None, "mine") for words in ({}, {"window": 65})
+    }
+    assert len(salts) == 4 and None not in salts
+    request = prefilling(Alone(), 300)
+    assert request.block_hashes == [] and request.hashed == ["again"]
+    short = prefilling(Alone(), 299, "mine")
+    assert (short.cache_salt, short.block_hashes, short.hashed) == ("mine", ["old"], [])
+
+
+@pytest.mark.parametrize(
+    "computed, new, wanted",
+    [(0, 1000, 1000), (0, 500, 384), (0, 100, 0), (384, 616, 616), (384, 615, 512), (50, 100, 78), (1000, 1, 1)],
+)
+def test_chunks_hold_whole_blocks_of_queries(computed: int, new: int, wanted: int) -> None:
+    scheduler = Alone()
+    request = prefilling(scheduler, 1000)
+    request.num_tokens = 1001
+    scheduler.num_prefill_lookahead = 1
+    assert scheduler._reserve_prefill_lookahead(request, computed, new) == wanted
+
+
+def test_where_there_is_never_room_for_a_block_chunks_end_anywhere() -> None:
+    scheduler = Alone()
+    scheduler.max_num_scheduled_tokens = 300
+    request = prefilling(scheduler, 1000)
+    request.num_tokens, scheduler.num_prefill_lookahead = 1000, 1
+    assert scheduler._reserve_prefill_lookahead(request, 0, 100) == 100
+
+
+def test_what_a_pattern_computed_is_told() -> None:
+    scheduler = Alone()
+    request = prefilling(scheduler, 300)
+    orders = StepOrders()
+    scheduler._start_prefill(orders, "r")
+    (start,) = orders.patterns
+    assert (start.request_id, start.prompt_len, start.pattern["window"]) == ("r", 300, 64)
+    before = scheduler._told(request)["kv_cache"]["prefill_usage"]
+    assert before["density"] == {"mean": 1.0} and before["pattern"] == "streaming"
+    report = PatternReport("r", "streaming", 250, [0.5, 0.25], 40)
+    scheduler.prefill_totals.add(report)
+    scheduler.prefills["r"].report = report
+    told = scheduler._told(request)["kv_cache"]
+    assert told["prefill_usage"]["density"] == {"mean": 0.375, "by_layer": [0.5, 0.25]}
+    assert told["prefill_usage"]["tokens"] == 250
+    assert told["prefill_totals"] == {"streaming": {"prompts": 1, "tokens": 250, "pairs": 80, "pairs_computed": 30}}

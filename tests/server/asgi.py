@@ -10,6 +10,7 @@ from typing import Any
 
 from server.desks import Desks
 from server.middleware import FieldsMiddleware
+from server.patterns import PatternDesk
 from server.policies import PolicyDesk
 from server.scope import current_scope
 from server.selectors import SelectorDesk
@@ -68,7 +69,7 @@ class Handler:
 def desks(policies: PolicyDesk | None = None, **selectors: Any) -> Desks:
     """A server's; by default one that compresses nothing and has a few selectors."""
     settings = {"enabled": ["recycled", "tidal", "quest"], **selectors}
-    return Desks(policies or PolicyDesk({"policy": "none"}, PAGE), SelectorDesk(**settings))
+    return Desks(policies or PolicyDesk({"policy": "none"}, PAGE), SelectorDesk(**settings), PatternDesk())
 
 
 def exchange(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from attention_plugins.decode.registry import selectors
+from attention_plugins.prefill.registry import patterns
 from kvcache.registry import policies
 from server.arguments import EMBEDDED_CACHE_BYTES, resolve_model
 from server.cli import main
@@ -66,7 +67,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "selectors", "explain", "head-gates", "calibrate", "doctor")
+COMMANDS = ("serve", "policies", "selectors", "patterns", "explain", "head-gates", "calibrate", "doctor")
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
@@ -191,7 +192,7 @@ def test_a_package_with_a_broken_policy(run: Run, monkeypatch: pytest.MonkeyPatc
         raise ImportError("no module named x")
 
     monkeypatch.setattr("kvcache.registry.policies", broken)
-    fails(run("serve"), "a package with a KV-cache policy or a selector can't be used: no module named x")
+    fails(run("serve"), "a package with a KV-cache policy, a selector or a pattern can't be used: no module named x")
 
 
 def test_another_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +291,15 @@ def test_selectors_are_listed(run: Run) -> None:
     assert [selector["name"] for selector in json.loads(run("selectors", "--json").out)] == list(selectors())
     outcome = run("selectors", "--yaml")
     assert outcome.code == 2 and "unrecognized arguments: --yaml" in outcome.err
+
+
+def test_patterns_are_listed(run: Run) -> None:
+    text = run("patterns").out
+    assert text.startswith("dense\n")
+    for pattern in patterns().values():
+        assert f"\n{pattern.name}\n    {pattern.title} ({pattern.paper})\n    needs: " in text
+    assert "needs: a model that was trained with it\n" in text
+    assert [pattern["name"] for pattern in json.loads(run("patterns", "--json").out)] == list(patterns())
 
 
 def test_selectors_reach_the_engine(run: Run, no_unpacking: Path) -> None:

@@ -50,7 +50,7 @@ def test_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_platforms_without_policies(monkeypatch: pytest.MonkeyPatch, platform: Platform, starts: bool) -> None:
     monkeypatch.setattr("server.platforms.detect", lambda: platform)
     findings = examine()
-    assert Finding(False, f"KV-cache policies and decode selectors: {platform.unavailable}", needed=False) in findings
+    assert Finding(False, f"policies, selectors and patterns: {platform.unavailable}", needed=False) in findings
     assert Finding(starts, f"vLLM's platform: {platform.name}") in findings
     assert not any(finding.text.startswith("KV-cache policies: ") and finding.ok for finding in findings)
 
@@ -66,6 +66,7 @@ def test_a_gpu_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
         "KV-cache policies: ",
         "snapkv",
         "decode selectors: ",
+        "prefill patterns: ",
         "tidal",
     ):
         assert words in text

@@ -17,7 +17,7 @@ from attention_plugins.decode.registry import FIELD
 from kvcache.usage import TOTALS
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.engine import LongreachLLM
-from server.metrics import CompressionMetrics, DecodeMetrics
+from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.policies import PolicyDesk
 from server.scope import RequestScope, current_scope
 from tests.server.asgi import desks
@@ -45,6 +45,7 @@ class Fake:
         self.llm.desks = desks(desk, default=selector)
         self.llm.metrics = CompressionMetrics("m", self.registry)
         self.llm.decode_metrics = DecodeMetrics("m", self.registry)
+        self.llm.prefill_metrics = PrefillMetrics("m", self.registry)
         self.llm.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
         self.calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = []
         self.closed = 0
@@ -224,3 +225,26 @@ def test_leaving_early_ends_the_engines_request(engine: Engine) -> None:
         assert fake.closed == 1
 
     asyncio.run(leave())
+
+
+def test_what_a_pattern_computed_goes_to_the_answer_and_the_metrics(engine: Engine) -> None:
+    usage = {"pattern": "streaming", "tokens": 9, "density": {"mean": 0.25, "by_layer": [0.25]}}
+    totals = {"streaming": {"prompts": 1, "tokens": 9, "pairs": 8, "pairs_computed": 2}}
+    content = told()
+    content[EXTRA_ARG] |= {"prefill_usage": usage, "prefill_totals": totals}
+    fake, scope = engine([output(content, finished=True)]), RequestScope()
+    fake.generate(scope)
+    assert scope.usage["prefill_attention"] == [usage]
+    labels = {"model_name": "m", "pattern": "streaming"}
+    assert fake.registry.get_sample_value("longreach_prefill_pairs_computed_total", labels) == 2
+    assert fake.registry.get_sample_value("longreach_prefill_prompts_total", labels) == 1
+
+
+def test_dense_prompts_are_vllms_business_and_told_to_those_who_asked(engine: Engine) -> None:
+    fake, scope = engine([output(told(), finished=True)]), RequestScope({"prefill_attention": {"pattern": "dense"}})
+    fake.generate(scope)
+    assert "prefill_attention" not in fake.calls[0][1].extra_args
+    assert scope.usage["prefill_attention"] == [{"pattern": "dense"}]
+    words = {"pattern": "streaming", "sinks": 4}
+    fake.generate(RequestScope({"prefill_attention": words}))
+    assert fake.calls[1][1].extra_args["prefill_attention"] == words
