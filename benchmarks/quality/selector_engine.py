@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from attention_plugins.decode.registry import FIELD, make_selector
 from attention_plugins.decode.schedule import CROWDED
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from benchmarks.quality.expect import parse_policy
 from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
@@ -35,9 +36,9 @@ class Cell:
     """One way to answer all prompts.
 
     Attributes:
-        kind: of its name, `selector`, `policy` or `dense`.
+        kind: of its name, `selector`, `policy`, `pattern` or `dense`.
         label: as on the command line.
-        tokens: K, or the budget; 0 for dense.
+        tokens: K, or the budget; 0 for dense and for patterns.
         words: what the request asks for.
     """
 
@@ -52,9 +53,10 @@ class Cell:
 
     @property
     def extra_args(self) -> dict[str, Any]:
-        return {} if self.kind == DENSE else {FIELD if self.kind == "selector" else EXTRA_ARG: dict(self.words)}
+        return {} if self.kind == DENSE else {FIELDS[self.kind]: dict(self.words)}
 
 
+FIELDS = {"selector": FIELD, "policy": EXTRA_ARG, "pattern": PREFILL_FIELD}
 PLAIN = Cell(DENSE, DENSE, 0, {})
 
 
@@ -99,6 +101,8 @@ class Driver:
             states: most requests of a batch, so that all can select.
         """
         self.engine, self.states, self._number = engine, states, 0
+        self.density: float | None = None
+        """Share of the attention that patterns computed of the last run's prompts."""
         self._client: Any = engine.engine.engine_core
 
     def run(
@@ -115,11 +119,12 @@ class Driver:
         Raises:
             ValueError: vLLM refuses a request, or a step had no room to select in: that would be dense by mistake.
         """
-        before = self._steps()
+        before, pairs_before = self._steps(), self._pairs()
         answers: list[list[int]] = [[] for _ in prompts]
         for first in range(0, len(prompts), self.states):
             self._batch(range(first, min(first + self.states, len(prompts))), prompts, cells, see, answers, params)
-        steps = self._steps() - before
+        steps, pairs = self._steps() - before, self._pairs() - pairs_before
+        self.density = pairs["pairs_computed"] / pairs["pairs"] if pairs["pairs"] else None
         if steps[CROWDED]:
             raise ValueError(f"{steps[CROWDED]} steps read everything for want of room: a larger KV cache, or --states")
         return answers, steps
@@ -190,4 +195,11 @@ class Driver:
         found: Counter[str] = Counter()
         for steps in self._client.engine_core.scheduler.reads.totals.values():
             found.update(steps)
+        return found
+
+    def _pairs(self) -> Counter[str]:
+        """Of all prompts with patterns so far."""
+        found: Counter[str] = Counter()
+        for totals in self._client.engine_core.scheduler.prefill_totals.by_pattern.values():
+            found.update(totals)
         return found

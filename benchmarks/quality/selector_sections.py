@@ -2,8 +2,8 @@
 
 `needles`: keys found among those that dense attention finds. `kl`: along each answer as far as it is the dense one,
 the first step where they part included, KL(dense || cell) of the next token over the whole vocabulary, in nats. The
-first token isn't counted: it comes from the prompt, which everybody reads whole. Up to a step the tokens are the same,
-but the cache behind the prompt is each cell's own, as in use. Answers that part early give few steps, so a bad cell's
+first token counts for patterns alone: it comes from the prompt, which others read whole. Up to a step the tokens are
+the same, but the cache behind the prompt is each cell's own, as in use. Answers that part early give few steps, so a bad cell's
 figures are of early steps, where it has done least harm. `agreement`: how many tokens of a long answer are the dense
 one's; `dense beside others` is dense once more in a larger batch, whose numbers round differently: the noise floor.
 """
@@ -47,7 +47,7 @@ def go_on(request: int, step: int, token: int, logprobs: Array | None) -> bool:
 
 
 def together(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that share a batch: those of one selector, since a CUDA graph runs one selector."""
+    """Cells that share a batch: those of one selector, since a CUDA graph runs one selector; each pattern by itself."""
     return [list(own) for _, own in groupby(cells, key=lambda cell: (cell.kind, cell.name))]
 
 
@@ -86,9 +86,9 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
     prompts = key_prompts(tokenizer, args.tokens, args.documents, args.keys, args.seed)
     longest([prompt.prompt for prompt in prompts], max(ANSWER_TOKENS.values()), driver.engine.max_model_len)
 
-    def answers(cell: Cell) -> tuple[list[frozenset[str]], Counter[str]]:
+    def answers(cell: Cell) -> tuple[list[frozenset[str]], Counter[str], list[float]]:
         """Task by task, since their answers' lengths differ."""
-        found, steps = [], Counter[str]()
+        found, steps, densities = [], Counter[str](), []
         for task, group in groupby(prompts, key=lambda prompt: prompt.task):
             own = list(group)
             limits = {"max_tokens": ANSWER_TOKENS[task], "min_tokens": LEAST_TOKENS.get(task, 0)}
@@ -96,14 +96,17 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
             texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens]
             found += [prompt.found(text) for prompt, text in zip(own, texts, strict=True)]
             steps += done
-        return found, steps
+            densities.append(driver.density)
+        return found, steps, [density for density in densities if density is not None]
 
-    dense, _ = answers(PLAIN)
+    dense, *_ = answers(PLAIN)
     for cell in cells:
         began = time.perf_counter()
-        found, steps = (dense, Counter[str]()) if cell is PLAIN else answers(cell)
+        found, steps, densities = (dense, Counter[str](), []) if cell is PLAIN else answers(cell)
         seconds = time.perf_counter() - began
         common = {**named(NEEDLES, cell), "steps": dict(steps), "seconds": round(seconds, 1)}
+        if densities:
+            common["density"] = round(statistics.fmean(densities), 4)
         add({**common, **row} for row in key_rows(prompts, dense, found))
 
 
@@ -130,7 +133,7 @@ def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None
         def compare(request: int, step: int, token: int, logprobs: Array | None) -> bool:
             index = asked[request][1]
             same = token == dense[index][step]
-            if step:
+            if step or group[0].kind == "pattern":
                 assert logprobs is not None
                 found[request].append(divergence(told[index][step], logprobs))
                 parted[request] = not same
@@ -138,7 +141,9 @@ def kl(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) -> None
 
         began = time.perf_counter()
         _, steps = driver.run([prompts[index] for _, index in asked], [cell for cell, _ in asked], compare, **limits)
-        common = {"group_steps": dict(steps), "group_seconds": round(time.perf_counter() - began, 1)}
+        common: Row = {"group_steps": dict(steps), "group_seconds": round(time.perf_counter() - began, 1)}
+        if driver.density is not None:
+            common["density"] = round(driver.density, 4)
         each = len(prompts) * copies
         parts = [slice(number * each, (number + 1) * each) for number in range(len(group))]
         add({**named(KL, c), **kl_summary(found[p], parted[p]), **common} for c, p in zip(group, parts, strict=True))

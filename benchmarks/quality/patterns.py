@@ -1,0 +1,117 @@
+"""What sparse prefill loses beside dense attention, by pattern.
+
+python -m benchmarks.quality.patterns MODEL_FOLDER|embedded --output FILE.json [--sections needles kl]
+    [--only LABEL ...] [--calibration FILE] [any `serve` flag of vLLM]
+
+The sections are those of `benchmarks.quality.selectors`: keys that are found among those that dense attention finds,
+and the divergence of the next token's distribution. Rows say what share of the prompts' attention was computed.
+Arguments are scaled to prompts of some 7,000 tokens: published ones are for 128k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.selectors import BATCH, CACHE, KL, NEEDLES, Results
+from benchmarks.quality.table import EMBEDDED
+
+STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 128, "window": 512, "min_context": 0}
+PATTERNS: dict[str, dict[str, Any]] = {
+    "flexprefill 0.95": {"pattern": "flexprefill", "gamma": 0.95, "min_budget": 256},
+    "flexprefill 0.9": {"pattern": "flexprefill", "gamma": 0.9, "min_budget": 256},
+    "flexprefill 0.8": {"pattern": "flexprefill", "gamma": 0.8, "min_budget": 128},
+    "xattention 0.95": {"pattern": "xattention", "threshold": 0.95},
+    "xattention 0.9": {"pattern": "xattention", "threshold": 0.9},
+    "xattention 0.9, stride 16": {"pattern": "xattention", "threshold": 0.9, "stride": 16},
+    "xattention 0.8": {"pattern": "xattention", "threshold": 0.8},
+    "minference": {"pattern": "minference", "vertical": 256, "slash": 512},
+    "anchor 8.3": {"pattern": "anchor", "theta": 8.3},
+    "anchor 4": {"pattern": "anchor", "theta": 4.0, "step": 4},
+    "hip": {"pattern": "hip", "first_tokens": 4096, "second_tokens": 2048, "tokens": 1024, "window": 512},
+    "zipvl 0.975": {"pattern": "zipvl"},
+    "zipvl 0.9": {"pattern": "zipvl", "tau": 0.9},
+    "streaming": STREAMING,
+    "streaming + delta 64": {"pattern": "delta", "gamma": 64, "base": STREAMING},
+    "streaming + delta 16": {"pattern": "delta", "gamma": 16, "base": STREAMING},
+    "xattention 0.8 + delta 64": {
+        "pattern": "delta", "gamma": 64, "base": {"pattern": "xattention", "threshold": 0.8, "min_context": 0},
+    },
+    "power": {"pattern": "power"},
+    "strided": {"pattern": "strided"},
+    "bigbird": {"pattern": "bigbird"},
+}  # fmt: skip
+WORTH = "model", "tokens", "documents", "keys", "seed", "kl_prompts", "kl_tokens", "calibrated", "flags"
+PROMPTS = 64
+"""Most requests of a batch."""
+
+
+def words_of(label: str) -> dict[str, Any]:
+    """What a request with this pattern asks for: planned however short the prompt is."""
+    words = PATTERNS[label]
+    return words if words["pattern"] == "delta" else {"min_context": 0, **words}
+
+
+def arguments() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.patterns", description=__doc__, formatter_class=raw
+    )
+    add = parser.add_argument
+    add("model", help="folder of a model with a chat template, or `embedded`")
+    add("--output", type=Path, required=True, help="JSON of all rows; rows that are in it aren't measured again")
+    add("--sections", nargs="+", choices=[NEEDLES, KL], default=[NEEDLES, KL])
+    add("--only", nargs="+", choices=list(PATTERNS), metavar="LABEL", default=list(PATTERNS))
+    add("--calibration", type=Path, help="of `longreach calibrate --prefill`, for minference")
+    add("--tokens", type=int, default=7000, help="of prompts")
+    add("--documents", type=int, default=32, help="of `needles`, of each kind")
+    add("--keys", type=int, default=4, help="in a document with several")
+    add("--seed", type=int, default=0)
+    add("--kl-prompts", type=int, default=12)
+    add("--kl-tokens", type=int, default=64, help="of an answer, at most")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, flags = arguments().parse_known_args(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from benchmarks.quality.run import commit
+    from benchmarks.quality.selector_engine import Cell, Driver
+    from benchmarks.quality.selector_sections import SECTIONS
+    from server.embedded import EmbeddedModelError
+    from server.errors import StartError, one_line
+    from server.inprocess import build_engine
+    from server.platforms import detect
+
+    platform = detect().name
+    model = EMBEDDED if args.model == EMBEDDED else Path(args.model).name
+    source = commit()
+    calibration = ["--prefill-calibration", str(args.calibration)] if args.calibration else []
+    words = [
+        *([] if args.model == EMBEDDED else [args.model]), "--kv-cache-memory-bytes", CACHE.get(platform, CACHE["cpu"]),
+        *BATCH.get(platform, BATCH["cpu"]), *calibration, *flags,
+    ]  # fmt: skip
+    cells = [Cell("pattern", label, 0, words_of(label)) for label in args.only]
+    try:
+        engine = build_engine(words, max_logprobs=-1)
+        known = {**vars(args), "model": model, "calibrated": args.calibration is not None, "flags": flags}
+        settings = {**{name: known[name] for name in WORTH}, "device": engine.device, "vllm": engine.version}
+        results, driver = Results(args.output, settings, source), Driver(engine, PROMPTS)
+        for section in args.sections:
+            measure, dense = SECTIONS[section]
+            left = [cell for cell in [dense, *cells] if not results.has(section, cell.kind, cell.label, cell.tokens)]
+            print(f"{section}: {len(left)} cells to do", file=sys.stderr)
+            if left:
+                measure(driver, left, args, results.add)
+    except (ValueError, StartError, EmbeddedModelError) as error:
+        print(f"python -m benchmarks.quality.patterns: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
