@@ -82,11 +82,14 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
     return llm
 
 
-def build_8b(*, stock: bool, fp8: bool, tensor_parallel: int = 1, max_requests: int = 256, **settings: Any) -> Any:
-    """8B shapes with random weights, at most of an 80 GB GPU's memory. At most `max_requests` run at once."""
+def build_8b(
+    *, stock: bool, fp8: bool, tensor_parallel: int = 1, max_requests: int = 256, chunk: int = 8192, **settings: Any
+) -> Any:
+    """8B shapes with random weights, at most of an 80 GB GPU's memory. At most `max_requests` run at once, and `chunk`
+    tokens in a step."""
     return build(
         random_llama(), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
-        gpu_memory_utilization=0.9, max_num_batched_tokens=8192, max_num_seqs=max_requests,
+        gpu_memory_utilization=0.9, max_num_batched_tokens=chunk, max_num_seqs=max_requests,
         kv_cache_dtype="fp8" if fp8 else "auto", tensor_parallel_size=tensor_parallel, **settings,
     )  # fmt: skip
 
