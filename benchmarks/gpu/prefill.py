@@ -67,7 +67,8 @@ def first_tokens(llm: Any, prompts: list[list[int]], fields: dict[str, Any]) -> 
         )
         engine.add_request(f"r{index}", {"prompt_token_ids": prompt}, params)
     started: set[str] = set()
-    first, told = 0.0, {}
+    first = 0.0
+    told: dict[str, Any] = {}
     while engine.has_unfinished_requests():
         outputs = engine.step()
         started |= {output.request_id for output in outputs if output.outputs[0].token_ids}
@@ -135,7 +136,8 @@ def main() -> None:
         for label in [DENSE] if stock else args.patterns:
             fields = {} if label == DENSE else {"prefill_attention": words_for(label, length)}
             torch.cuda.reset_peak_memory_stats()
-            times, told = [], {}
+            times: list[float] = []
+            told: dict[str, Any] = {}
             for repeat in range(repeats):
                 prompts = [random_prompt(length, 1000 * repeat + index) for index in range(batch or 1)]
                 seconds, told = first_tokens(llm, prompts, fields)
