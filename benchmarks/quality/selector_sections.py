@@ -4,8 +4,9 @@
 the first step where they part included, KL(dense || cell) of the next token over the whole vocabulary, in nats. The
 first token counts for patterns alone: it comes from the prompt, which others read whole. Up to a step the tokens are
 the same, but the cache behind the prompt is each cell's own, as in use. Answers that part early give few steps, so a
-bad cell's figures are of early steps, where it has done least harm. `agreement`: how many tokens of a long answer are the dense
-one's; `dense beside others` is dense once more in a larger batch, whose numbers round differently: the noise floor.
+bad cell's figures are of early steps, where it has done least harm. `agreement`: how many tokens of a long answer are
+the dense one's; `dense beside others` is dense once more in a larger batch, whose numbers round differently: the noise
+floor.
 """
 
 from __future__ import annotations
