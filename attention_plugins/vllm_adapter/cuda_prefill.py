@@ -17,6 +17,8 @@ from attention_plugins.vllm_adapter.prefilling import Tokens
 TABLE_ENTRIES = 1 << 24
 """Most entries of the page tables that exist at a time (64 MiB); heads are attended in several rounds where they need
 more."""
+MULTIPROCESSORS = 132
+"""Of an H100; elsewhere sequences are split a little too seldom or too often."""
 BYTES_PER_PAIR = 8
 """Memory set aside for each (head, block of queries, unit of keys): masks, and what they are made from."""
 
@@ -56,7 +58,7 @@ class FlashExecutor:
                 max_seqlen_q=min(ROWS, grid.q_len),
                 cu_seqlens_q=_starts(last - first, grid),
                 causal=True,
-                num_splits=self._num_splits(layer),
+                num_splits=self._num_splits(layer, len(lengths) * flat.shape[2]),
             )
         return out.transpose(0, 1).flatten(1, 2)
 
@@ -94,14 +96,16 @@ class FlashExecutor:
             max_seqlen_q=q_len,
             cu_seqlens_q=starts,
             causal=False,
-            num_splits=self._num_splits(layer),
+            num_splits=self._num_splits(layer, len(lengths)),
             return_softmax_lse=True,
         )
         return out, lse.T
 
-    def _num_splits(self, layer: Any) -> int:
-        """0: FlashAttention chooses. Prompts aren't in CUDA graphs, so it can."""
-        return 1 if layer.impl.batch_invariant_enabled or layer.impl.vllm_flash_attn_version != 3 else 0
+    def _num_splits(self, layer: Any, tiles: int) -> int:
+        """0: FlashAttention chooses. Prompts aren't in CUDA graphs, so it can. Where there is work for every
+        multiprocessor it doesn't get to: each split takes memory for all outputs."""
+        alone = layer.impl.batch_invariant_enabled or layer.impl.vllm_flash_attn_version != 3
+        return 1 if alone or tiles > 2 * MULTIPROCESSORS else 0
 
 
 def nbytes(num_heads: int, most_tokens: int, max_model_len: int, page_size: int) -> int:
