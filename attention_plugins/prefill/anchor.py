@@ -10,7 +10,7 @@ from pydantic import Field
 
 from attention_plugins.prefill.base import TILE, Chunk, Pattern, PatternArgs, Plan, read
 from attention_plugins.prefill.grid import ROWS, Grid
-from attention_plugins.prefill.scores import block_sums, logits, pooled_queries
+from attention_plugins.prefill.scores import block_sums, logits
 
 
 class Anchor(Pattern):
@@ -56,7 +56,7 @@ class Anchor(Pattern):
 
     def slack(self, chunk: Chunk) -> torch.Tensor:
         """Largest mean logit of each unit, less the anchor: float32 [num_heads, q_blocks, k_units]."""
-        queries, anchors, unit = pooled_queries(chunk), self.anchors(chunk), chunk.unit
+        queries, anchors, unit = chunk.ops.pooled_queries(chunk), self.anchors(chunk), chunk.unit
         found = []
         for _, keys in chunk.tiles(TILE):
             above = logits(queries, keys, chunk.scale) - anchors[..., None]

@@ -50,8 +50,8 @@ def gather(source: torch.Tensor | Reader, positions: torch.Tensor) -> torch.Tens
 
 
 def plain_estimators() -> ModuleType:
-    """`attention_plugins.prefill.scores`, which needs this module."""
-    return import_module("attention_plugins.prefill.scores")
+    """`attention_plugins.prefill.plain`, which needs this module."""
+    return import_module("attention_plugins.prefill.plain")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Chunk:
         layer: index of the layer.
         prompt_len: of the whole prompt; None: this chunk is its end.
         calibration: what `longreach calibrate` found for this model, by name, on the CPU; empty without it.
-        ops: the estimators: `attention_plugins.prefill.scores`, or kernels of the same names.
+        ops: the estimators: `attention_plugins.prefill.plain`, or kernels of the same names.
     """
 
     queries: torch.Tensor

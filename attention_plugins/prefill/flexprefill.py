@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
-from attention_plugins.prefill.choose import count_to_reach, cover, top
 from attention_plugins.prefill.grid import ROWS
-from attention_plugins.prefill.scores import block_logits, block_sums, last_row_sums, logits, pooled_keys
+from attention_plugins.prefill.scores import block_sums, logits
 
 BLOCK = 128
 
@@ -47,25 +45,28 @@ class FlexPrefill(Pattern):
     args: Args
 
     def plan(self, chunk: Chunk) -> Plan:
-        grid = chunk.grid
-        columns, diagonals = (sums / min(ROWS, chunk.q_len) for sums in last_row_sums(chunk, ROWS))
-        by_means = self.predicted(chunk, columns) < self.args.tau
+        ops = chunk.ops
+        # Together, so that one look at all of them does.
+        sums = ops.last_row_sums(chunk, ROWS) / min(ROWS, chunk.q_len)
+        keys = ops.pooled_keys(chunk, BLOCK)
+        by_means = self.predicted(chunk, sums[0], keys) < self.args.tau
         floor = -(-self.args.min_budget // BLOCK)
-
-        def largest(scores: torch.Tensor) -> torch.Tensor:
-            blocks = count_to_reach(scores, self.args.gamma) // BLOCK + 1
-            return top(block_sums(scores, BLOCK), blocks.clamp(min=floor).masked_fill(by_means[:, None], floor))
-
-        mask = grid.from_blocks(largest(columns), BLOCK)[:, None] | along(chunk, largest(diagonals))
+        blocks = (ops.count_to_reach(sums, self.args.gamma) // BLOCK + 1).clamp(min=floor)
+        columns, diagonals = ops.top(block_sums(sums, BLOCK), blocks.masked_fill(by_means[:, None], floor))
         # A row whose keys are all NaN has no softmax to sum: `cover` then takes all of it.
-        spread = block_logits(chunk, BLOCK).softmax(-1)
-        mask |= grid.from_blocks(cover(spread, self.args.gamma), BLOCK) & by_means[:, None, None]
-        return Plan.forced(mask, grid)
+        spread = ops.block_logits(chunk, BLOCK, keys).softmax(-1)
+        chosen = ops.cover(spread, self.args.gamma) & by_means[:, None, None]
+        return ops.block_stripes(chunk, columns, diagonals, chosen)
 
-    def predicted(self, chunk: Chunk, columns: torch.Tensor) -> torch.Tensor:
-        """How far the last rows' attention is from what means predict: [num_heads, k_len] -> float32 [num_heads]."""
+    def predicted(self, chunk: Chunk, columns: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """How far the last rows' attention is from what means predict: float32 [num_heads].
+
+        Args:
+            columns: [num_heads, k_len].
+            keys: mean keys, [num_kv_heads, k_blocks, head_dim].
+        """
         query = chunk.queries[-ROWS:].float().mean(0, keepdim=True)
-        guess = logits(query, pooled_keys(chunk, BLOCK), chunk.scale)[:, 0].softmax(-1)
+        guess = logits(query, keys, chunk.scale)[:, 0].softmax(-1)
         return distance(guess, block_sums(columns, BLOCK))
 
 
@@ -74,19 +75,3 @@ def distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     middle = (p + q) / 2
     nats = torch.xlogy(p, p) + torch.xlogy(q, q) - torch.xlogy(p + q, middle)
     return (nats.sum(-1) / 2).clamp(min=0).sqrt()
-
-
-def along(chunk: Chunk, chosen: torch.Tensor) -> torch.Tensor:
-    """Diagonals of blocks. Diagonal 0 is a block of queries with its own tokens, diagonal 1 with the 128 before.
-
-    Args:
-        chosen: bool [num_heads, k_blocks].
-
-    Returns:
-        bool [num_heads, q_blocks, k_units]: units that a chosen diagonal touches.
-    """
-    grid = chunk.grid
-    starts = grid.first_rows[:, None] + BLOCK - 1 - grid.unit_starts
-    chosen = F.pad(chosen, (0, 1))
-    spans = [(starts - shift).div(BLOCK, rounding_mode="floor") for shift in (0, grid.unit - 1)]
-    return chosen[:, spans[0].clamp(min=-1)] | chosen[:, spans[1].clamp(min=-1)]

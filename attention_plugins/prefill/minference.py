@@ -8,8 +8,6 @@ import torch
 from pydantic import Field
 
 from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
-from attention_plugins.prefill.choose import top
-from attention_plugins.prefill.scores import block_logits, last_row_sums
 from kvcache.tables import to_device
 
 LAST = 64
@@ -65,7 +63,7 @@ class MInference(Pattern):
     def plan(self, chunk: Chunk) -> Plan:
         if TABLE in chunk.calibration:
             return plan_heads(chunk, chunk.calibration[TABLE][chunk.layer])
-        return Plan.forced(vertical_slash(chunk, self.args.vertical, self.args.slash), chunk.grid)
+        return vertical_slash(chunk, self.args.vertical, self.args.slash)
 
 
 def plan_heads(chunk: Chunk, table: torch.Tensor) -> Plan:
@@ -76,37 +74,30 @@ def plan_heads(chunk: Chunk, table: torch.Tensor) -> Plan:
     kinds, first, second = to_device(table, chunk.queries.device).unsqueeze(-1).unbind(1)
     mask = chunk.grid.always
     for kind in sorted(set(table[:, 0].tolist())):
-        mask = torch.where((kinds == kind)[..., None], PLANS[Kind(kind)](chunk, first, second), mask)
+        mask = torch.where((kinds == kind)[..., None], PLANS[Kind(kind)](chunk, first, second).mask, mask)
     return Plan.forced(mask, chunk.grid)
 
 
-def vertical_slash(chunk: Chunk, columns: torch.Tensor | int, diagonals: torch.Tensor | int) -> torch.Tensor:
+def vertical_slash(chunk: Chunk, columns: torch.Tensor | int, diagonals: torch.Tensor | int) -> Plan:
     """Columns and diagonals by the last queries.
 
     Args:
         columns, diagonals: how many; int64 [num_heads, 1] for each head's own.
-
-    Returns:
-        bool [num_heads, q_blocks, k_units], like its siblings.
     """
-    first = torch.arange(chunk.k_len, device=chunk.queries.device) < FORCED
-    chosen = []
-    for scores, count in zip(last_row_sums(chunk, LAST), (columns, diagonals), strict=True):
-        scores = scores.masked_fill(first, float("inf"))
-        chosen.append(top(scores, count))
-    return chunk.grid.from_tokens(chosen[0])[:, None] | chunk.grid.from_diagonals(chosen[1])
+    sums = chunk.ops.last_row_sums(chunk, LAST)
+    sums[..., :FORCED] = float("inf")
+    return chunk.ops.token_stripes(chunk, chunk.ops.top(sums[0], columns), chunk.ops.top(sums[1], diagonals))
 
 
-def a_shape(chunk: Chunk, sinks: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+def a_shape(chunk: Chunk, sinks: torch.Tensor, window: torch.Tensor) -> Plan:
     """First and last tokens."""
     positions = torch.arange(chunk.k_len, device=sinks.device)
-    first, last = chunk.grid.from_tokens(positions < sinks), chunk.grid.from_diagonals(positions < window)
-    return first[:, None] | last
+    return chunk.ops.token_stripes(chunk, positions < sinks, positions < window)
 
 
-def block_sparse(chunk: Chunk, blocks: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+def block_sparse(chunk: Chunk, blocks: torch.Tensor, _: torch.Tensor) -> Plan:
     """Blocks of keys by their means."""
-    return chunk.grid.from_blocks(top(block_logits(chunk, BLOCK), blocks[..., None]), BLOCK)
+    return chunk.ops.block_plan(chunk, chunk.ops.top(chunk.ops.block_logits(chunk, BLOCK), blocks[..., None]), BLOCK)
 
 
 PLANS = {Kind.VERTICAL_SLASH: vertical_slash, Kind.A_SHAPE: a_shape, Kind.BLOCK_SPARSE: block_sparse}

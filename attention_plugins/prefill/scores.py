@@ -57,11 +57,11 @@ def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([tile.sum(1) for _, tile in attention_tiles(chunk, rows)], -1)
 
 
-def last_row_sums(chunk: Chunk, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
     """Attention of the chunk's last queries, at most `count`, by key, and by distance from query back to key.
 
     Returns:
-        Twice float32 [num_heads, k_len].
+        float32 [2, num_heads, k_len]: columns, and diagonals.
     """
     count = min(count, chunk.q_len)
     rows = torch.arange(chunk.q_len - count, chunk.q_len, device=chunk.queries.device)
@@ -73,7 +73,7 @@ def last_row_sums(chunk: Chunk, count: int) -> tuple[torch.Tensor, torch.Tensor]
         found = diagonal_sums(tile)
         start = chunk.k_len - first - tile.shape[-1]
         diagonals[:, start : start + found.shape[-1]] += found
-    return torch.cat(columns, -1), diagonals[:, count - 1 :]
+    return torch.stack([torch.cat(columns, -1), diagonals[:, count - 1 :]])
 
 
 def diagonal_sums(tile: torch.Tensor) -> torch.Tensor:
@@ -105,12 +105,16 @@ def pooled_keys(chunk: Chunk, block: int) -> torch.Tensor:
     return torch.cat(sums, -1).transpose(1, 2) / (chunk.k_len - starts).clamp(max=block)[:, None]
 
 
-def block_logits(chunk: Chunk, block: int) -> torch.Tensor:
+def block_logits(chunk: Chunk, block: int, keys: torch.Tensor | None = None) -> torch.Tensor:
     """Products of mean queries with mean keys, -inf for blocks of keys that no row sees.
+
+    Args:
+        keys: the mean keys, if they are known.
 
     Returns:
         float32 [num_heads, q_blocks, k_blocks(block)].
     """
-    found = logits(pooled_queries(chunk), pooled_keys(chunk, block), chunk.scale)
+    keys = chunk.ops.pooled_keys(chunk, block) if keys is None else keys
+    found = logits(chunk.ops.pooled_queries(chunk), keys, chunk.scale)
     starts = torch.arange(0, chunk.k_len, block, device=found.device)
     return found.masked_fill_(starts > chunk.grid.last_rows[:, None], float("-inf"))

@@ -8,7 +8,6 @@ from pydantic import Field
 from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
 from attention_plugins.prefill.bigbird import mixed
 from attention_plugins.prefill.choose import ROUNDING, ranks
-from attention_plugins.prefill.scores import column_sums
 
 RANDOM, RECENT = 64, 64
 """Queries that are asked, spread over the chunk and at its end: the paper's counts from memory, not verified."""
@@ -44,7 +43,7 @@ class ZipVL(Pattern):
 
     def plan(self, chunk: Chunk) -> Plan:
         rows = probes(chunk)
-        mass = column_sums(chunk, rows).sum(0)
+        mass = chunk.ops.column_sums(chunk, rows).sum(0)
         positions = torch.arange(chunk.k_len, device=rows.device)
         seen_by = (chunk.offset + rows >= positions[:, None]).sum(-1)
         tokens = important(mass, mass / seen_by, self.args.tau)

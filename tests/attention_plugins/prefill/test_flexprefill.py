@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from attention_plugins.prefill.flexprefill import along, distance
+from attention_plugins.prefill.drawing import along
+from attention_plugins.prefill.flexprefill import distance
 from attention_plugins.prefill.scores import block_sums
 from tests.attention_plugins.prefill.prompts import DIM, NUM_HEADS, make, make_prompt
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attention_plugins.prefill import base, scores, xattention
+from attention_plugins.prefill import antidiagonals, base, scores
 from attention_plugins.prefill.attention import dense_attention, run, sparse_attention
 from attention_plugins.prefill.base import Plan
 from attention_plugins.prefill.registry import BUILT_IN
@@ -107,7 +107,7 @@ def test_reads_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader instead of a tensor, and several tiles of keys."""
     prompt, pattern = make_prompt(), make(name)
     wanted = pattern.plan(prompt.chunk(512))
-    for module in (base, scores, xattention):
+    for module in (base, scores, antidiagonals):
         monkeypatch.setattr(module, "TILE", 256, raising=False)
     monkeypatch.setattr(base.Chunk.tiles, "__defaults__", (256,))
     chunk = prompt.chunk(512)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_plugins.prefill import xattention
-from attention_plugins.prefill.xattention import XAttention
+from attention_plugins.prefill import antidiagonals
+from attention_plugins.prefill.antidiagonals import antidiagonal_masses
 from tests.attention_plugins.prefill.prompts import DIM, NUM_HEADS, Prompt, make, make_prompt
 
 
@@ -31,11 +31,9 @@ def brute(prompt: Prompt, first: int, head: int, stride: int) -> torch.Tensor:
 @pytest.mark.parametrize(("first", "length"), [(0, 256), (128, 384), (256, 261), (60, 203), (131, 150)])
 @pytest.mark.parametrize("stride", [8, 16])
 def test_masses(first: int, length: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xattention, "SLAB", 1)
+    monkeypatch.setattr(antidiagonals, "SLAB", 1)
     prompt = make_prompt(length)
-    pattern = make("xattention", stride=stride)
-    assert isinstance(pattern, XAttention)
-    masses = pattern.masses(prompt.chunk(first))
+    masses = antidiagonal_masses(prompt.chunk(first), stride)
     for head in (0, 3):
         torch.testing.assert_close(masses[head], brute(prompt, first, head, stride), atol=1e-4, rtol=1e-4)
 
@@ -52,9 +50,7 @@ def test_equal_keys_give_the_threshold(threshold: float) -> None:
 @pytest.mark.parametrize(("first", "length"), [(0, 1024), (512, 1024), (300, 1000)])
 def test_largest_blocks_after_the_sink_and_the_rows_own(first: int, length: int) -> None:
     chunk = make_prompt(length).chunk(first)
-    pattern = make("xattention", threshold=0.6)
-    assert isinstance(pattern, XAttention)
-    masses, mask = pattern.masses(chunk), pattern.plan(chunk).mask
+    masses, mask = antidiagonal_masses(chunk, 8), make("xattention", threshold=0.6).plan(chunk).mask
     for head in range(NUM_HEADS):
         for block, start in enumerate(range(first, length, 128)):
             own = range(start // 128, min(start + 127, length - 1) // 128 + 1)

@@ -1,0 +1,28 @@
+"""What patterns are made of, in plain torch: `Chunk.ops` by default, and the twins of
+`attention_plugins.kernels.prefill`, under the same names."""
+
+from attention_plugins.prefill.antidiagonals import antidiagonal_masses
+from attention_plugins.prefill.choose import count_to_reach, cover, top
+from attention_plugins.prefill.drawing import block_plan, block_stripes, token_stripes
+from attention_plugins.prefill.scores import (
+    block_logits,
+    column_sums,
+    last_row_sums,
+    pooled_keys,
+    pooled_queries,
+)
+
+__all__ = [
+    "antidiagonal_masses",
+    "block_logits",
+    "block_plan",
+    "block_stripes",
+    "column_sums",
+    "count_to_reach",
+    "cover",
+    "last_row_sums",
+    "pooled_keys",
+    "pooled_queries",
+    "token_stripes",
+    "top",
+]
