@@ -27,7 +27,7 @@ def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, 
 
 
 def token_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor) -> Plan:
-    """The plan of single columns and diagonals: bool [heads, k_len], diagonals by distance from query back to key."""
+    """The plan of single columns and diagonals: bool [heads, k_len], diagonals by distance back to the key."""
     grid = chunk.grid
     return Plan.forced(grid.from_tokens(columns)[:, None] | grid.from_diagonals(diagonals), grid)
 

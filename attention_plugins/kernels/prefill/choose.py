@@ -1,0 +1,194 @@
+"""`attention_plugins.prefill.choose` without sorting: thresholds are searched for, two bits or a digit at a time.
+
+Scores become integers of the same order. What a sort would add up one by one is added up all at once here, so sums
+differ by rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attention_plugins.kernels.radix import count_digits
+from attention_plugins.prefill.choose import ROUNDING
+
+_LONG = 8192
+_VARYING = ["n", "stride", "given", "count_stride"]
+
+
+@triton.jit
+def _bits(mass):
+    """float32 >= 0 -> int32 of the same order. NaN is none of them."""
+    return tl.where(mass > 0.0, mass, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _cover(mass, stride, forced, forced_row, rows, share, chosen, n, N: tl.constexpr):
+    """A row in registers. The threshold is the largest number such that what isn't below reaches the share."""
+    row, place = tl.program_id(0), tl.arange(0, N)
+    there = place < n
+    value = tl.load(mass + row.to(tl.int64) * stride + place, mask=there, other=0.0)
+    first = there & (place < 0)
+    if forced is not None:
+        first = tl.load(forced + (row % rows) * forced_row + place, mask=there, other=0) != 0
+    base = tl.sum(tl.where(first, value, 0.0), 0)
+    target = share * tl.sum(value, 0)
+    free = there & (first == 0)
+    bits = tl.where(free, _bits(value), -1)
+    value = tl.where(free, value, 0.0)
+    threshold = tl.full([], 0, tl.int32)
+    for step in range(31):
+        one = threshold | (tl.full([], 1, tl.int32) << (30 - step))
+        threshold = tl.where(base + tl.sum(tl.where(bits >= one, value, 0.0), 0) >= target, one, threshold)
+    before = base + tl.sum(tl.where(bits > threshold, value, 0.0), 0)
+    equal = (bits == threshold).to(tl.int32)
+    earlier = tl.cumsum(equal, 0) - equal
+    enough = before + earlier.to(tl.float32) * value >= target
+    wanted = first | (bits > threshold) | ((equal != 0) & (enough == 0))
+    spoilt = tl.zeros([N], tl.float32) + target
+    wanted = wanted | (spoilt != spoilt)
+    tl.store(chosen + row.to(tl.int64) * n + place, wanted.to(tl.uint8), mask=there)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _count_to_reach(mass, counts, n, limit, N: tl.constexpr):
+    """Numbers that agree in their first 24 bits count as equal: their mean stands for each."""
+    row = tl.program_id(0)
+    line = mass + row.to(tl.int64) * n
+    sums = tl.zeros([N], tl.float32)
+    for start in range(0, n, N):
+        place = start + tl.arange(0, N)
+        sums += tl.load(line + place, mask=place < n, other=0.0)
+    total = tl.sum(sums, 0)
+    threshold = tl.full([], 0, tl.int32)
+    for step in range(12):
+        one = tl.full([], 1, tl.int32) << (29 - 2 * step)
+        low, middle, high = threshold + one, threshold + 2 * one, threshold + 3 * one
+        lows, middles, highs = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+        for start in range(0, n, N):
+            place = start + tl.arange(0, N)
+            value = tl.load(line + place, mask=place < n, other=0.0)
+            bits = _bits(value)
+            lows += tl.where(bits >= low, value, 0.0)
+            middles += tl.where(bits >= middle, value, 0.0)
+            highs += tl.where(bits >= high, value, 0.0)
+        over = (tl.sum(lows, 0) > limit).to(tl.int32)
+        over += (tl.sum(middles, 0) > limit).to(tl.int32) + (tl.sum(highs, 0) > limit).to(tl.int32)
+        threshold += one * over
+    most = threshold + (1 << 7)
+    above, within = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    more, equal = tl.zeros([N], tl.int32), tl.zeros([N], tl.int32)
+    for start in range(0, n, N):
+        place = start + tl.arange(0, N)
+        value = tl.load(line + place, mask=place < n, other=0.0)
+        bits = tl.where(place < n, _bits(value), -1)
+        above += tl.where(bits >= most, value, 0.0)
+        more += (bits >= most).to(tl.int32)
+        its = (bits >= threshold) & (bits < most)
+        within += tl.where(its, value, 0.0)
+        equal += its.to(tl.int32)
+    counted, members = tl.sum(more, 0), tl.sum(equal, 0)
+    mean = tl.sum(within, 0) / tl.maximum(members, 1)
+    room = tl.maximum(limit - tl.sum(above, 0), 0.0)
+    further = tl.where(mean > 0.0, tl.minimum(room / mean, members.to(tl.float32)), 0.0).to(tl.int32)
+    found = tl.where(total <= limit, n, counted + further + 1)
+    found = tl.where(total == total, tl.minimum(found, n), 1)
+    tl.store(counts + row, found.to(tl.int64))
+
+
+@triton.jit
+def _ordered(scores):
+    """float32 -> uint32 of the same order; zeros are one number, NaN is the largest."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, ~bits, bits | -2147483648)
+    return tl.where(scores != scores, -1, bits).to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _top(scores, stride, counts, count_stride, given, chosen, n, N: tl.constexpr):
+    """Four looks at a row for the digits of the k-th highest number, and one to write."""
+    row = tl.program_id(0)
+    line = scores + row.to(tl.int64) * stride
+    wanted = tl.full([], 0, tl.int64) + given
+    if counts is not None:
+        wanted = tl.load(counts + row * count_stride)
+    k = tl.minimum(tl.maximum(wanted, 0), n).to(tl.int32)
+    left, prefix = tl.maximum(k, 1), tl.full([], 0, tl.uint32)
+    digit = tl.arange(0, 256)
+    for number in tl.static_range(4):
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, n, N):
+            place = start + tl.arange(0, N)
+            there = place < n
+            keys = _ordered(tl.load(line + place, mask=there, other=0.0))
+            if number > 0:
+                there = there & ((keys >> (32 - 8 * number)) == prefix)
+            histogram += count_digits(((keys >> (24 - 8 * number)) & 255).to(tl.int32), there)
+        higher = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+        its = (higher < left) & (higher + histogram >= left)
+        left -= tl.sum(tl.where(its, higher, 0), 0)
+        prefix = (prefix << 8) | tl.sum(tl.where(its, digit, 0), 0).to(tl.uint32)
+    left = tl.where(k > 0, left, 0)
+    equals = 0
+    for start in range(0, n, N):
+        place = start + tl.arange(0, N)
+        there = place < n
+        value = tl.load(line + place, mask=there, other=0.0)
+        keys = _ordered(value)
+        equal = (there & (keys == prefix)).to(tl.int32)
+        ordinal = equals + tl.cumsum(equal, 0)
+        its = ((keys > prefix) & (k > 0)) | ((equal != 0) & (ordinal <= left)) | (value != value)
+        equals += tl.sum(equal, 0)
+        tl.store(chosen + row.to(tl.int64) * n + place, its.to(tl.uint8), mask=there)
+
+
+def _block(n: int, most: int) -> dict[str, int]:
+    size = max(128, min(most, triton.next_power_of_2(n)))
+    return {"N": size, "num_warps": max(1, min(32, size // 256))}
+
+
+def top(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """See `attention_plugins.prefill.choose.top`."""
+    n = scores.shape[-1]
+    rows = scores.float().flatten(0, -2)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    counts, stride, given = None, 0, 0
+    if isinstance(count, torch.Tensor):
+        counts, stride = count.expand(*scores.shape[:-1], 1).contiguous(), 1
+    else:
+        given = count
+    chosen = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
+    _top[(len(rows),)](rows, rows.stride(0), counts, stride, given, chosen, n, **_block(n, _LONG))
+    return chosen.view(torch.bool)
+
+
+def cover(mass: torch.Tensor, share: float, first: torch.Tensor | None = None) -> torch.Tensor:
+    """See `attention_plugins.prefill.choose.cover`; `first` is [n], or [rows, n] of the last dimension but one.
+
+    Raises:
+        ValueError: `first` has other shapes.
+    """
+    if share >= 1:
+        return torch.ones_like(mass, dtype=torch.bool)
+    n, mass = mass.shape[-1], mass.contiguous()
+    forced, rows = None, 1
+    if first is not None:
+        if first.shape not in (mass.shape[-1:], mass.shape[-2:]):
+            raise ValueError(f"what is chosen first must be alike for all heads; got {tuple(first.shape)}")
+        forced, rows = first.contiguous().view(torch.uint8), first.shape[0] if first.dim() > 1 else 1
+    chosen = torch.empty(mass.shape, dtype=torch.uint8, device=mass.device)
+    _cover[(mass.numel() // n,)](
+        mass, n, forced, n, rows, share - ROUNDING, chosen, n, **_block(n, triton.next_power_of_2(n))
+    )
+    return chosen.view(torch.bool)
+
+
+def count_to_reach(mass: torch.Tensor, share: float) -> torch.Tensor:
+    """See `attention_plugins.prefill.choose.count_to_reach`."""
+    n, mass = mass.shape[-1], mass.contiguous()
+    counts = torch.empty(*mass.shape[:-1], 1, dtype=torch.int64, device=mass.device)
+    if share >= 1:
+        return counts.fill_(n)
+    _count_to_reach[(counts.numel(),)](mass, counts, n, share + ROUNDING, **_block(n, _LONG))
+    return counts

@@ -1,0 +1,113 @@
+"""`attention_plugins.prefill.drawing` in one launch: a mask is written once, with all that every plan has."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attention_plugins.prefill.base import Chunk, Plan
+from attention_plugins.prefill.grid import ROWS
+
+_UNITS = 1024
+_VARYING = ["mask_head", "q_blocks", "q_len", "k_len", "k_units", "blocks_head", "k_blocks", "counts_head"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _draw(
+    mask, q_blocks, q_len, k_len, k_units,
+    blocks, blocks_head, k_blocks, columns, columns_head, diagonals, diagonals_head, counts, counts_head,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(1), tl.program_id(2)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    first_row = k_len - q_len + block * ROWS
+    last_row = tl.minimum(first_row + ROWS, k_len) - 1
+    start = unit * UNIT
+    visible = start <= last_row
+    found = (start < ROWS) | (start + UNIT > first_row)
+    if blocks is not None:
+        line = blocks + head.to(tl.int64) * blocks_head + block * k_blocks
+        found = found | (tl.load(line + start // BLOCK, mask=visible, other=0) != 0)
+        if BLOCK < UNIT:
+            for step in tl.static_range(1, UNIT // BLOCK):
+                at = start // BLOCK + step
+                found = found | (tl.load(line + at, mask=visible & (at < k_blocks), other=0) != 0)
+    if columns is not None:
+        at = start // COLUMN
+        found = found | (tl.load(columns + head.to(tl.int64) * columns_head + at, mask=visible, other=0) != 0)
+    if diagonals is not None:
+        line = diagonals + head.to(tl.int64) * diagonals_head
+        far = first_row + ROWS - 1 - start
+        near = far - (UNIT - 1)
+        there = far // ROWS < (k_len + ROWS - 1) // ROWS
+        found = found | (tl.load(line + far // ROWS, mask=visible & there, other=0) != 0)
+        found = found | (tl.load(line + near // ROWS, mask=visible & (near >= 0), other=0) != 0)
+    if counts is not None:
+        line = counts + head.to(tl.int64) * counts_head
+        upto = tl.minimum(tl.maximum(last_row - start + 1, 0), k_len)
+        before = tl.minimum(tl.maximum(first_row - start - (UNIT - 1), 0), k_len)
+        reached = tl.load(line + upto - 1, mask=visible & (upto > 0), other=0)
+        found = found | (reached > tl.load(line + before - 1, mask=visible & (before > 0), other=0))
+    out = mask + (head * q_blocks + block).to(tl.int64) * k_units + unit
+    tl.store(out, (found & visible).to(tl.uint8), mask=unit < k_units)
+
+
+def _head_stride(flags: torch.Tensor) -> int:
+    """From one head to the next; 0 where heads are alike."""
+    return flags.stride(0) if len(flags) > 1 else 0
+
+
+def draw(
+    chunk: Chunk,
+    heads: int,
+    *,
+    blocks: torch.Tensor | None = None,
+    block: int = ROWS,
+    columns: torch.Tensor | None = None,
+    column: int = ROWS,
+    diagonals: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> Plan:
+    """All that is given, together.
+
+    Args:
+        heads: of the plan.
+        blocks: bool [heads or 1, q_blocks, k_blocks(block)].
+        columns: bool [heads or 1, k_blocks(column)], `column` is no smaller than a unit.
+        diagonals: bool [heads or 1, k_blocks(128)].
+        counts: int32 [heads or 1, k_len], of chosen distances up to each.
+    """
+    grid = chunk.grid
+    mask = torch.empty(heads, grid.q_blocks, grid.k_units, dtype=torch.uint8, device=chunk.queries.device)
+    given = [None if flags is None else flags.contiguous().view(torch.uint8) for flags in (blocks, columns, diagonals)]
+    strides = [0 if flags is None else _head_stride(flags) for flags in given]
+    _draw[(triton.cdiv(grid.k_units, _UNITS), grid.q_blocks, heads)](
+        mask, grid.q_blocks, grid.q_len, grid.k_len, grid.k_units,
+        given[0], strides[0], grid.k_blocks(block), given[1], strides[1], given[2], strides[2],
+        counts, 0 if counts is None else _head_stride(counts),
+        UNIT=grid.unit, ROWS=ROWS, BLOCK=block, COLUMN=column, UNITS=_UNITS, num_warps=4,
+    )  # fmt: skip
+    return Plan(mask.view(torch.bool), grid)
+
+
+def block_plan(chunk: Chunk, chosen: torch.Tensor, block: int) -> Plan:
+    """See `attention_plugins.prefill.drawing.block_plan`; powers of two are blocks."""
+    return draw(chunk, len(chosen), blocks=chosen, block=block)
+
+
+def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor) -> Plan:
+    """See `attention_plugins.prefill.drawing.block_stripes`."""
+    return draw(chunk, len(columns), blocks=blocks, columns=columns, diagonals=diagonals)
+
+
+def token_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor) -> Plan:
+    """See `attention_plugins.prefill.drawing.token_stripes`."""
+    grid = chunk.grid
+    return draw(
+        chunk,
+        len(columns),
+        columns=grid.from_tokens(columns),
+        column=grid.unit,
+        counts=diagonals.cumsum(-1, dtype=torch.int32),
+    )
