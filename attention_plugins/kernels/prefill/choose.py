@@ -110,10 +110,10 @@ def _top(scores, stride, counts, count_stride, given, chosen, n, N: tl.constexpr
     """Four looks at a row for the digits of the k-th highest number, and one to write."""
     row = tl.program_id(0)
     line = scores + row.to(tl.int64) * stride
-    wanted = tl.full([], 0, tl.int64) + given
+    asked = tl.full([], 0, tl.int64) + given
     if counts is not None:
-        wanted = tl.load(counts + row * count_stride)
-    k = tl.minimum(tl.maximum(wanted, 0), n).to(tl.int32)
+        asked = tl.load(counts + row * count_stride)
+    k = tl.minimum(tl.maximum(asked, 0), n).to(tl.int32)
     left, prefix = tl.maximum(k, 1), tl.full([], 0, tl.uint32)
     digit = tl.arange(0, 256)
     for number in tl.static_range(4):
@@ -138,9 +138,9 @@ def _top(scores, stride, counts, count_stride, given, chosen, n, N: tl.constexpr
         keys = _ordered(value)
         equal = (there & (keys == prefix)).to(tl.int32)
         ordinal = equals + tl.cumsum(equal, 0)
-        its = ((keys > prefix) & (k > 0)) | ((equal != 0) & (ordinal <= left)) | (value != value)
+        wanted = ((keys > prefix) & (k > 0)) | ((equal != 0) & (ordinal <= left)) | (value != value)
         equals += tl.sum(equal, 0)
-        tl.store(chosen + row.to(tl.int64) * n + place, its.to(tl.uint8), mask=there)
+        tl.store(chosen + row.to(tl.int64) * n + place, wanted.to(tl.uint8), mask=there)
 
 
 def _block(n: int, most: int) -> dict[str, int]:

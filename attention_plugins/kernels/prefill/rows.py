@@ -299,7 +299,7 @@ def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
         found[0], sums, sums.shape[2], m, chunk.q_len, k_len, given.scale, factor, partial.shape[1], steps, each,
         **given.shape, SPLITS=triton.next_power_of_2(partial.shape[1]), STEP=STEP, GROUPS=groups, **STRIPES,
     )  # fmt: skip
-    _shear[(triton.cdiv(k_len, 1024), chunk.num_heads)](
-        sums, sums.shape[2], found[1], m, k_len, 1 / factor, STEP=STEP, GROUPS=groups, N=1024, num_warps=4
+    _shear[(triton.cdiv(k_len, 512), chunk.num_heads)](
+        sums, sums.shape[2], found[1], m, k_len, 1 / factor, STEP=STEP, GROUPS=groups, N=512, num_warps=4
     )
     return found
