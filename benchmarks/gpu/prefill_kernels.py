@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,11 +139,30 @@ def tflops(lengths: torch.Tensor, group: int, ms: float) -> float:
     return round(4 * DIM * group * pairs / ms / 1e9, 1)
 
 
+@cache
+def causal(offset: int) -> Callable[..., torch.Tensor]:
+    """One function for each offset: another one would be compiled again."""
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q + offset >= k
+
+    return sees
+
+
+@cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Else what is compiled for one context too many runs uncompiled, and asks for n x n memory.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def flex(case: Case, plan: Plan) -> dict[str, Any]:
     """FlexAttention over the blocks of 128 keys that hold a unit of the plan."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask
 
-    chunk, offset = case.chunk, case.chunk.offset
+    chunk = case.chunk
     held = plan.mask.repeat_interleave(HEADS // len(plan.mask), 0)
     held = (
         torch.nn.functional.pad(held, (0, -held.shape[-1] % (ROWS // PAGE))).unflatten(-1, (-1, ROWS // PAGE)).any(-1)
@@ -154,13 +174,12 @@ def flex(case: Case, plan: Plan) -> dict[str, Any]:
         order = mask.int().argsort(dim=-1, descending=True, stable=True)
         return mask.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
-    def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return q + offset >= k
-
-    mask = BlockMask.from_kv_blocks(*listed(held & own), *listed(held & ~own), BLOCK_SIZE=ROWS, mask_mod=causal)
+    mask = BlockMask.from_kv_blocks(
+        *listed(held & own), *listed(held & ~own), BLOCK_SIZE=ROWS, mask_mod=causal(chunk.offset)
+    )
     queries = chunk.queries.transpose(0, 1)[None].contiguous()
     keys, values = (read(source, 0, chunk.k_len)[None].contiguous() for source in (chunk.keys, case.values))
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compiled_flex()
     ms = timed(lambda: compiled(queries, keys, values, block_mask=mask, scale=chunk.scale, enable_gqa=True))
     lengths = held.sum(-1).flatten() * ROWS
     return {"flex_ms": ms, "flex_tflops": tflops(lengths, 1, ms)}
