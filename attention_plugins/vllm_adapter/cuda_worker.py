@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from attention_plugins import kernels
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.settings import DecodeSettings
-from attention_plugins.prefill import scores
+from attention_plugins.kernels import prefill as estimators
 from attention_plugins.vllm_adapter import cuda_backend
 from attention_plugins.vllm_adapter.cuda_backend import FlashPages, StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
@@ -55,7 +55,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         return FlashPages(self.attention_layers, settings.states * heads.num_kv_heads)
 
     def executor(self) -> Executor:
-        return FlashExecutor(self.attention_layers, kernels, scores)
+        return FlashExecutor(self.attention_layers, kernels, estimators)
 
     def request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         names = self.model_runner.req_states.index_to_req_id

@@ -15,7 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_plugins.decode.rows import LayerCache
-from attention_plugins.prefill import scores
+from attention_plugins.prefill import plain
 from attention_plugins.prefill.attention import dense_rows, sparse_attention
 from attention_plugins.prefill.base import Chunk, Pattern, Plan, Reader
 from attention_plugins.prefill.grid import ROWS
@@ -31,7 +31,7 @@ class Executor(Protocol):
     """A platform's attention over plans."""
 
     estimators: ModuleType
-    """What patterns call that patterns call: `attention_plugins.prefill.scores`, or kernels of the same names."""
+    """What patterns call that patterns call: `attention_plugins.prefill.plain`, or kernels of the same names."""
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         """Attention over a plan: [q_len, num_heads, head_dim].
@@ -47,7 +47,7 @@ class Executor(Protocol):
 class NaiveExecutor:
     """In plain torch."""
 
-    estimators: ModuleType = scores
+    estimators: ModuleType = plain
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         return sparse_attention(chunk, values, plan)[0]

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from attention_plugins import kernels
 from attention_plugins.decode.rows import LayerCache
-from attention_plugins.prefill import scores
+from attention_plugins.prefill import plain
 from attention_plugins.prefill.orders import StartPattern
 from attention_plugins.vllm_adapter.cuda_prefill import FlashExecutor
 from attention_plugins.vllm_adapter.pages import flat_pages
@@ -164,7 +164,7 @@ class World:
         self.names: dict[int, str] = {}
         self.layers: list[SimpleNamespace] = []
         caches = [LayerCache(layer, pages, geometry, codec, quant, SCALE) for layer, quant in enumerate(self.scales)]
-        executor = FlashExecutor(self.layers, kernels, scores)
+        executor = FlashExecutor(self.layers, kernels, plain)
         self.runtime = CompressionRuntime(
             self.compressor,
             Selecting(self.compressor, {}, ()),

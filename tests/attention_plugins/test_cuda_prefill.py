@@ -10,7 +10,6 @@ import torch
 
 from attention_plugins import kernels, naive
 from attention_plugins.prefill import attention as by_hand
-from attention_plugins.prefill import scores
 from attention_plugins.prefill.base import Chunk, Plan
 from attention_plugins.prefill.registry import make_pattern
 from attention_plugins.vllm_adapter import cuda_prefill
@@ -134,7 +133,7 @@ def test_any_plan_at_any_offset(make_world: Callable[..., World], offset: int, q
             plain = Chunk(queries, request.keys[layer, :, :k_len], SCALE, PAGE, layer)
             plain_values, at = request.values[layer, :, :k_len], torch.arange(0, q_len, 7)
             for ops in (naive, kernels):
-                executor = cuda_prefill.FlashExecutor(world.layers, ops, scores)
+                executor = cuda_prefill.FlashExecutor(world.layers, ops, plain)
                 out = executor.attend(queries, chunk, values, plan)
                 torch.testing.assert_close(
                     out, by_hand.sparse_attention(plain, plain_values, plan)[0], atol=1e-5, rtol=1e-4
