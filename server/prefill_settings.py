@@ -13,6 +13,8 @@ from server.flags import PREFILL, in_flags, tell_workers
 from server.patterns import PatternDesk
 from server.platforms import Platform
 
+ALL, NONE = "all", "none"
+
 
 def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--prefill-attention` and one `--prefill-ARGUMENT` for every argument that some pattern takes."""
@@ -30,6 +32,14 @@ def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="FILE",
         help="Tables that `longreach calibrate` has made of the model (safetensors). (minference)",
+    )
+    group.add_argument(
+        "--prefill-warm-up",
+        default=None,
+        nargs="+",
+        metavar="NAME",
+        help=f"Patterns whose GPU kernels are compiled at the start, `{ALL}` or `{NONE}`; the first request with "
+        "another one waits some seconds for that. Left out: that of --prefill-attention alone.",
     )
     PREFILL.add_all(group, [(pattern.name, pattern.Args) for pattern in patterns().values()])
 
@@ -60,10 +70,25 @@ def pass_patterns(args: argparse.Namespace, platform: Platform) -> None:
     Raises:
         StartError: a flag is wrong, a pattern can't run here, or the calibration can't be read.
     """
-    pattern_desk(args, platform)
-    if args.prefill_calibration is None:
-        return
-    file = Path(args.prefill_calibration).expanduser().resolve()
-    read_head_tables(file)
+    desk, file = pattern_desk(args, platform), None
+    if args.prefill_calibration is not None:
+        file = str(Path(args.prefill_calibration).expanduser().resolve())
+        read_head_tables(file)
+    warm = _warm_up(args.prefill_warm_up, desk.default["pattern"])
     if platform.unavailable is None:
-        tell_workers(args, prefill={"calibration": str(file)})
+        tell_workers(args, prefill={"calibration": file, "warm_up": warm})
+
+
+def _warm_up(named: list[str] | None, default: str) -> list[str]:
+    """
+    Raises:
+        StartError: a name that no pattern has.
+    """
+    known = list(patterns())
+    if named is None:
+        return [name for name in known if name == default]
+    if named in ([ALL], [NONE]):
+        return known if named == [ALL] else []
+    if unknown := [name for name in named if name not in known]:
+        raise StartError(f"--prefill-warm-up: {', '.join(unknown)}: there are {', '.join([*known, ALL, NONE])}.")
+    return named

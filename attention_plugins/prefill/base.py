@@ -67,6 +67,7 @@ class Chunk:
         prompt_len: of the whole prompt; None: this chunk is its end.
         calibration: what `longreach calibrate` found for this model, by name, on the CPU; empty without it.
         ops: the estimators: `attention_plugins.prefill.plain`, or kernels of the same names.
+        shared: the grid, where it is there already: it is the same in all layers.
     """
 
     queries: torch.Tensor
@@ -77,6 +78,7 @@ class Chunk:
     prompt_len: int | None = None
     calibration: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ops: ModuleType = field(default_factory=plain_estimators, repr=False)
+    shared: Grid | None = field(default=None, repr=False)
 
     @property
     def num_heads(self) -> int:
@@ -105,7 +107,7 @@ class Chunk:
 
     @cached_property
     def grid(self) -> Grid:
-        return Grid(self.q_len, self.k_len, self.unit, self.queries.device)
+        return self.shared or Grid(self.q_len, self.k_len, self.unit, self.queries.device)
 
     def tiles(self, size: int = TILE) -> Iterator[tuple[int, torch.Tensor]]:
         """The keys, so many at a time: position of the first, and [num_kv_heads, size or fewer, head_dim]."""

@@ -171,7 +171,14 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             quant=QuantScales(),
         )
         page_size = geometry.page_size
-        self.runtime.selecting.warm_up(-(-self.vllm_config.model_config.max_model_len // page_size))
+        longest = self.vllm_config.model_config.max_model_len
+        self.runtime.selecting.warm_up(-(-longest // page_size))
+        self.runtime.prefilling.warm_up(
+            ours(self.vllm_config).get("prefill", {}).get("warm_up", ()),
+            self.vllm_config.scheduler_config.max_num_batched_tokens,
+            longest,
+            layer.impl.num_heads,
+        )
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)
         similar_keys.warm_up(evidence)

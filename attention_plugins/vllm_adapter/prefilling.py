@@ -18,7 +18,7 @@ from attention_plugins.decode.rows import LayerCache
 from attention_plugins.prefill import plain
 from attention_plugins.prefill.attention import dense_rows, sparse_attention
 from attention_plugins.prefill.base import Chunk, Pattern, Plan, Reader
-from attention_plugins.prefill.grid import ROWS
+from attention_plugins.prefill.grid import ROWS, Grid
 from attention_plugins.prefill.minference import TABLE
 from attention_plugins.prefill.orders import PendingPatternReport, StartPattern, applies
 from attention_plugins.prefill.paged import PagedTokens
@@ -83,6 +83,7 @@ class PromptChunk:
         first: place of its first query in the batch.
         position: of that query in the prompt.
         blocks: int64 [n], the request's blocks up to the chunk's end.
+        grid: of all layers.
     """
 
     prompt: Prompt
@@ -90,6 +91,7 @@ class PromptChunk:
     position: int
     q_len: int
     blocks: torch.Tensor
+    grid: Grid
 
     @property
     def k_len(self) -> int:
@@ -168,7 +170,8 @@ class Prefilling:
                 continue
             mask[row] = True
             blocks = common.block_table_tensor[row, : -(-(position + q_len) // self.unit)].long()
-            found.append(PromptChunk(prompt, starts[row], position, q_len, blocks))
+            grid = Grid(q_len, position + q_len, self.unit, blocks.device)
+            found.append(PromptChunk(prompt, starts[row], position, q_len, blocks, grid))
         return mask, found
 
     @property
@@ -182,11 +185,15 @@ class Prefilling:
             query: [num_tokens, num_heads, head_dim], the whole batch's.
             output: the same shape, written at the chunk's places.
         """
+        self._attend(cache, chunk, query, output, chunk.prompt.pattern.applies(cache.layer, chunk.k_len))
+
+    def _attend(
+        self, cache: LayerCache, chunk: PromptChunk, query: torch.Tensor, output: torch.Tensor, planned: bool
+    ) -> None:
         places = slice(chunk.first, chunk.first + chunk.q_len)
         prompt, layer, queries = chunk.prompt, cache.layer, query[places]
         seen = self._chunk(cache, chunk, queries)
         values = self._tokens(cache, chunk, values=True)
-        planned = prompt.pattern.applies(layer, chunk.k_len)
         plan = prompt.pattern.plan(seen) if planned else Plan.full(seen)
         prompt.computed[layer] += plan.mask.sum(dtype=torch.float32) / len(plan.mask)
         out = self.executor.attend(queries, seen, values, plan)
@@ -194,6 +201,32 @@ class Prefilling:
             dense, carry = partial(self.executor.dense_rows, queries), prompt.carries.get(layer)
             out, prompt.carries[layer] = prompt.pattern.correct(seen, values, plan, out, carry, dense)
         output[places] = out.to(output.dtype)
+
+    @torch.inference_mode()
+    def warm_up(self, names: Sequence[str], most_tokens: int, max_model_len: int, num_heads: int) -> None:
+        """Let patterns do all they can over a page that nobody has, so that no request waits for a compiler: kernels
+        differ by the power of two that a context fits in.
+
+        Args:
+            names: of patterns.
+            most_tokens: of a step.
+        """
+        cache = self.caches[-1]  # first layers may be dense
+        device, head_dim = cache.pages.device, cache.geometry.head_dim
+        for name in names:
+            pattern = make_pattern({"pattern": name})
+            assert pattern is not None
+            k_len = 2 * ROWS
+            while k_len <= max_model_len:
+                q_len = min(most_tokens, k_len)
+                query = torch.zeros(q_len, num_heads, head_dim, dtype=self.dtype, device=device)
+                blocks = torch.zeros(-(-k_len // self.unit), dtype=torch.int64, device=device)
+                computed = torch.zeros(len(self.caches), device=device)
+                prompt = Prompt("", pattern, k_len, computed)
+                grid = Grid(q_len, k_len, self.unit, device)
+                chunk = PromptChunk(prompt, 0, k_len - q_len, q_len, blocks, grid)
+                self._attend(cache, chunk, query, query.clone(), planned=True)
+                k_len *= 2
 
     def _chunk(self, cache: LayerCache, chunk: PromptChunk, queries: torch.Tensor) -> Chunk:
         if queries.dtype != self.dtype:  # an 8-bit cache's
@@ -207,6 +240,7 @@ class Prefilling:
             chunk.prompt.prompt_len,
             self.calibration,
             self.executor.estimators,
+            chunk.grid,
         )
 
     def _tokens(self, cache: LayerCache, chunk: PromptChunk, values: bool) -> PagedTokens:

@@ -10,8 +10,9 @@ import torch
 
 from attention_plugins import kernels, naive
 from attention_plugins.prefill import attention as by_hand
+from attention_plugins.prefill import plain
 from attention_plugins.prefill.base import Chunk, Plan
-from attention_plugins.prefill.registry import make_pattern
+from attention_plugins.prefill.registry import make_pattern, patterns
 from attention_plugins.vllm_adapter import cuda_prefill
 from tests.attention_plugins.cuda_world import PAGE, SCALE, Request, Step, World
 
@@ -130,16 +131,24 @@ def test_any_plan_at_any_offset(make_world: Callable[..., World], offset: int, q
             keys, values = (prefilling._tokens(own.impl.cache, piece, which) for which in (False, True))
             chunk = Chunk(queries, keys, SCALE, PAGE, layer)
             plan = Plan.forced(torch.rand(heads, chunk.grid.q_blocks, chunk.grid.k_units) < 0.2, chunk.grid)
-            plain = Chunk(queries, request.keys[layer, :, :k_len], SCALE, PAGE, layer)
+            unpaged = Chunk(queries, request.keys[layer, :, :k_len], SCALE, PAGE, layer)
             plain_values, at = request.values[layer, :, :k_len], torch.arange(0, q_len, 7)
             for ops in (naive, kernels):
                 executor = cuda_prefill.FlashExecutor(world.layers, ops, plain)
                 out = executor.attend(queries, chunk, values, plan)
                 torch.testing.assert_close(
-                    out, by_hand.sparse_attention(plain, plain_values, plan)[0], atol=1e-5, rtol=1e-4
+                    out, by_hand.sparse_attention(unpaged, plain_values, plan)[0], atol=1e-5, rtol=1e-4
                 )
                 dense = executor.dense_rows(queries, chunk, values, at)
-                torch.testing.assert_close(dense, by_hand.dense_rows(plain, plain_values, at), atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(dense, by_hand.dense_rows(unpaged, plain_values, at), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_warming_up_goes_through_every_pattern(make_world: Callable[..., World], fp8: bool) -> None:
+    """Over a cache that holds nothing yet."""
+    world = make_world(max_len=1100, fp8=fp8)
+    world.runtime.prefilling.warm_up(list(patterns()), 300, 1100, world.num_heads)
+    assert not world.runtime.prefilling.prompts and not world.runtime.take_reports()
 
 
 def test_memory_is_counted_for_the_longest_prompt() -> None:

@@ -110,7 +110,28 @@ def test_tables_reach_the_workers(tmp_path: Path) -> None:
     save_file({"minference.heads": TABLE}, file)
     args = flags("--prefill-calibration", str(file))
     pass_patterns(args, CPU)
-    assert args.additional_config == {"longreach": {"prefill": {"calibration": str(file)}}}
+    assert args.additional_config == {"longreach": {"prefill": {"calibration": str(file), "warm_up": []}}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], []),
+        (["--prefill-attention=anchor"], ["anchor"]),
+        (["--prefill-attention=anchor", "--prefill-warm-up", "none"], []),
+        (["--prefill-warm-up", "xattention", "delta"], ["xattention", "delta"]),
+        (["--prefill-warm-up", "all"], list(patterns())),
+    ],
+)
+def test_what_is_compiled_at_the_start(argv: list[str], names: list[str]) -> None:
+    args = flags(*argv)
+    pass_patterns(args, CPU)
+    assert args.additional_config["longreach"]["prefill"]["warm_up"] == names
+
+
+def test_what_cant_be_compiled() -> None:
+    with pytest.raises(StartError, match="--prefill-warm-up: hop: there are xattention, "):
+        pass_patterns(flags("--prefill-warm-up", "hop"), CPU)
 
 
 @pytest.mark.parametrize(
