@@ -178,6 +178,7 @@ class CUDACompressionWorker(CompressionWorker, Worker):
             self.vllm_config.scheduler_config.max_num_batched_tokens,
             longest,
             layer.impl.num_heads,
+            dtype,
         )
         window_votes.warm_up(evidence)
         column_sums.warm_up(evidence)

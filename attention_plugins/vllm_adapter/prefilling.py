@@ -203,13 +203,16 @@ class Prefilling:
         output[places] = out.to(output.dtype)
 
     @torch.inference_mode()
-    def warm_up(self, names: Sequence[str], most_tokens: int, max_model_len: int, num_heads: int) -> None:
+    def warm_up(
+        self, names: Sequence[str], most_tokens: int, max_model_len: int, num_heads: int, dtype: torch.dtype
+    ) -> None:
         """Let patterns do all they can over a page that nobody has, so that no request waits for a compiler: kernels
         differ by the power of two that a context fits in.
 
         Args:
             names: of patterns.
             most_tokens: of a step.
+            dtype: of the queries that attention gets.
         """
         cache = self.caches[-1]  # first layers may be dense
         device, head_dim = cache.pages.device, cache.geometry.head_dim
@@ -219,13 +222,13 @@ class Prefilling:
             k_len = 2 * ROWS
             while k_len <= max_model_len:
                 q_len = min(most_tokens, k_len)
-                query = torch.zeros(q_len, num_heads, head_dim, dtype=self.dtype, device=device)
+                query = torch.zeros(q_len, num_heads, head_dim, device=device).to(dtype)
                 blocks = torch.zeros(-(-k_len // self.unit), dtype=torch.int64, device=device)
                 computed = torch.zeros(len(self.caches), device=device)
                 prompt = Prompt("", pattern, k_len, computed)
                 grid = Grid(q_len, k_len, self.unit, device)
                 chunk = PromptChunk(prompt, 0, k_len - q_len, q_len, blocks, grid)
-                self._attend(cache, chunk, query, query.clone(), planned=True)
+                self._attend(cache, chunk, query, query.to(self.dtype, copy=True), planned=True)
                 k_len *= 2
 
     def _chunk(self, cache: LayerCache, chunk: PromptChunk, queries: torch.Tensor) -> Chunk:

@@ -147,7 +147,8 @@ def test_any_plan_at_any_offset(make_world: Callable[..., World], offset: int, q
 def test_warming_up_goes_through_every_pattern(make_world: Callable[..., World], fp8: bool) -> None:
     """Over a cache that holds nothing yet."""
     world = make_world(max_len=1100, fp8=fp8)
-    world.runtime.prefilling.warm_up(list(patterns()), 300, 1100, world.num_heads)
+    queries = torch.float8_e4m3fn if fp8 else torch.float32
+    world.runtime.prefilling.warm_up(list(patterns()), 300, 1100, world.num_heads, queries)
     assert not world.runtime.prefilling.prompts and not world.runtime.take_reports()
 
 
