@@ -14,7 +14,7 @@ from attention_plugins.decode.loki import BASIS
 from server.errors import StartError
 from server.key_directions import KeyDirections
 from server.layer_choice import SELECTORS, SHORTEST, LayerChoice
-from server.watching import Watch, load, run_all, tokens
+from server.watching import Watch, load, output_file, run_all, save, tokens
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def measure(
     def watch() -> Watch:
         choice.begin()
 
-        def see(layer: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        def see(layer: int, queries: torch.Tensor, keys: torch.Tensor, _: torch.Tensor, scale: float) -> None:
             directions.see(layer, keys)
             choice.see(layer, queries, keys, scale)
 
@@ -99,11 +99,7 @@ def calibrate(
     Raises:
         StartError: as `measure`; the model can't be loaded; the file can't be written, which is looked at first.
     """
-    file = Path(output)
-    if file.suffix != ".safetensors":
-        raise StartError(f"--output {file}: the name must end in .safetensors")
-    if not file.parent.is_dir():
-        raise StartError(f"--output {file}: there is no folder {file.parent}")
+    file = output_file(output)
     tokenizer, model = load(model_path)
     found = measure(
         model, [tokens(tokenizer, text) for text in texts], rank, selection_layers=selection_layers, bar=bar
@@ -118,9 +114,6 @@ def write(file: Path, found: Calibration, model: str) -> None:
     Raises:
         StartError: it can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     layers, heads, head_dim, rank = found.tensors[BASIS].shape
     note = {
         "model": model,
@@ -133,7 +126,4 @@ def write(file: Path, found: Calibration, model: str) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         **{f"held.{name}": f"{share:.4f}" for name, share in found.held.items()},
     }
-    try:
-        save_file(found.tensors, file, {name: str(value) for name, value in note.items()})
-    except (OSError, SafetensorError) as error:
-        raise StartError(f"--output {file}: can't be written: {error}") from error
+    save(file, found.tensors, note)

@@ -250,7 +250,7 @@ def _calibrate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="longreach calibrate",
         description="Measure, without training, what the selectors loki, tidal and lessismore have to know of a model, "
-        "and write a file for `longreach serve --decode-calibration`.",
+        "and write a file for `longreach serve --decode-calibration`. (--prefill: what minference has to know.)",
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT_FILE", help="a long text, sent as a user's message")
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write it (.safetensors)")
@@ -259,24 +259,38 @@ def _calibrate(argv: list[str]) -> None:
     parser.add_argument(
         "--selection-layers", type=int, default=2, help="layers that select for others, for tidal and lessismore (2)"
     )
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="measure, on one text, what the prefill pattern minference has to know instead: a file for "
+        "`longreach serve --prefill-calibration`",
+    )
+    parser.add_argument(
+        "--density", type=float, default=0.1, help="with --prefill: most that a head may compute of its attention (0.1)"
+    )
     parser.add_argument("--progress", action="store_true", help="show how far it is")
     args = parser.parse_args(argv)
+    if args.prefill and len(args.prompts) > 1:
+        parser.error("--prefill takes one text")
 
     from server.calibrate import calibrate
     from server.embedded import EmbeddedModelError, ensure_embedded_model
     from server.errors import StartError, one_line
+    from server.head_tables import calibrate_heads, summary
     from server.watching import read_texts
 
     try:
         texts = read_texts(args.prompts)
         model = args.model or str(ensure_embedded_model())
-        found = calibrate(
-            model, texts, args.output, args.rank, selection_layers=args.selection_layers, bar=args.progress
-        )
+        if args.prefill:
+            told = summary(calibrate_heads(model, texts[0], args.output, args.density, bar=args.progress))
+        else:
+            layers = args.selection_layers
+            told = calibrate(model, texts, args.output, args.rank, selection_layers=layers, bar=args.progress).summary()
     except (StartError, EmbeddedModelError) as error:
         _fail(one_line(error))
     with _reader_may_leave():
-        print(found.summary())
+        print(told)
 
 
 def _doctor(argv: list[str]) -> None:

@@ -57,7 +57,7 @@ def measure(model: Any, prompts: list[list[int]], reach: Reach, *, bar: bool = F
     """
     found: dict[int, torch.Tensor] = {}
 
-    def see(layer: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+    def see(layer: int, queries: torch.Tensor, keys: torch.Tensor, _: torch.Tensor, scale: float) -> None:
         mass = reach.far_mass(queries[:, -reach.window :].transpose(0, 1), keys, scale).double().cpu()
         found[layer] = mass + found.get(layer, 0)
 

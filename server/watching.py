@@ -14,9 +14,9 @@ from server.errors import StartError, one_line
 
 _ATTENTION = "longreach_watched"
 
-Watch = Callable[[int, torch.Tensor, torch.Tensor, float], None]
-"""`watch(layer, queries, keys, scale)`: post-RoPE queries [num_heads, n, head_dim] and keys [num_kv_heads, n, head_dim]
-of a whole prompt, and the softmax scale."""
+Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+"""`watch(layer, queries, keys, values, scale)`: post-RoPE queries [num_heads, n, head_dim], keys and values
+[num_kv_heads, n, head_dim] of a whole prompt, and the softmax scale."""
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def watched(model: Any, watch: Watch) -> Iterator[None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any) -> Any:
-        watch(module.layer_idx, query[0], key[0], scaling)
+        watch(module.layer_idx, query[0], key[0], value[0], scaling)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
 
     AttentionInterface.register(_ATTENTION, attend)
@@ -105,3 +105,32 @@ def read_texts(files: Sequence[str]) -> list[str]:
         return [Path(file).read_text(encoding="utf-8") for file in files]
     except (OSError, ValueError) as error:
         raise StartError(one_line(error)) from error
+
+
+def output_file(output: str) -> Path:
+    """Where to write what was measured; looked at before anything is.
+
+    Raises:
+        StartError: nothing can be written there.
+    """
+    file = Path(output)
+    if file.suffix != ".safetensors":
+        raise StartError(f"--output {file}: the name must end in .safetensors")
+    if not file.parent.is_dir():
+        raise StartError(f"--output {file}: there is no folder {file.parent}")
+    return file
+
+
+def save(file: Path, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+    """Write tensors, with a note of what they are of.
+
+    Raises:
+        StartError: they can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, {name: str(value) for name, value in note.items()})
+    except (OSError, SafetensorError) as error:
+        raise StartError(f"--output {file}: can't be written: {error}") from error

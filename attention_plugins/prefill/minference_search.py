@@ -18,11 +18,11 @@ SIZES = 32
 """Steps of the ladder of sizes that the search climbs as far as the density allows."""
 
 
-def candidates(k_len: int) -> list[Candidate]:
-    """Kinds and shares in a ladder of sizes, from 128 tokens to all: what `search` picks from."""
-    found = []
+def candidates(k_len: int, least: int = 128) -> list[Candidate]:
+    """Kinds and shares in a ladder of sizes, from `least` tokens (128 or more) to all: what `search` picks from."""
+    found, least = [], max(128, min(least, k_len))
     for step in range(SIZES):
-        tokens = round(128 * (max(k_len, 128) / 128) ** (step / (SIZES - 1)))
+        tokens = round(least * (max(k_len, least) / least) ** (step / (SIZES - 1)))
         for share in SHARES:
             first, second = max(FORCED, round(share * tokens)), max(50, round((1 - share) * tokens))
             found += [(int(Kind.VERTICAL_SLASH), first, second), (int(Kind.A_SHAPE), first, second)]
@@ -49,8 +49,10 @@ def search(chunk: Chunk, values: torch.Tensor, choices: Sequence[Candidate], den
     table = torch.zeros(chunk.num_heads, 3, dtype=torch.int64)
     for choice in choices:
         plan = plan_heads(chunk, torch.tensor(choice).expand(chunk.num_heads, 3))
-        out, _ = sparse_attention(chunk, values, plan)
-        error, cost = (out - wanted).square().mean((0, 2)), plan.density()
+        cost = plan.density().expand(chunk.num_heads)
+        error = torch.full_like(best, float("inf"))
+        if bool((cost <= density).any()):  # else what it attends doesn't matter
+            error = (sparse_attention(chunk, values, plan)[0] - wanted).square().mean((0, 2))
         # Beyond any error, ordered by cost: taken only while nothing within the density was seen.
         error = torch.where(cost <= density, error, (wanted.square().mean() + 1) * 1e6 * (1 + cost))
         better = error < best

@@ -122,7 +122,7 @@ def seen(model: Any, *asked: list[int]) -> LayerChoice:
     choice = LayerChoice(LAYERS)
     for prompt in asked:
         choice.begin()
-        run(model, prompt, choice.see)
+        run(model, prompt, lambda layer, queries, keys, _, scale: choice.see(layer, queries, keys, scale))
     return choice
 
 
