@@ -1,4 +1,4 @@
-"""Write docs/policies/, docs/selectors.md and docs/selectors/ from their classes' own words: `make docs`.
+"""Write docs/policies/, docs/selectors.md, docs/patterns.md and their pages from their classes' own words: `make docs`.
 
 A test checks that the pages are current.
 """
@@ -12,7 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from attention_plugins.decode.registry import BUILT_IN as SELECTORS
+from attention_plugins.prefill.registry import BUILT_IN as PATTERNS
 from kvcache.registry import BUILT_IN, PARTS
+from server.patterns import needs_of as pattern_needs
 from server.selectors import needs_of
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +103,7 @@ def pages() -> dict[str, str]:
         keep_trailing_newline=True,
     )  # fmt: skip
     jinja.filters["arguments"] = arguments
-    return {**_policies(jinja), **_selectors(jinja)}
+    return {**_policies(jinja), **_selectors(jinja), **_patterns(jinja)}
 
 
 def _policies(jinja: Environment) -> dict[str, str]:
@@ -131,9 +133,20 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     return found
 
 
+def _patterns(jinja: Environment) -> dict[str, str]:
+    patterns = [each.describe() for each in PATTERNS]
+    needs = {pattern["name"]: pattern_needs(pattern) for pattern in patterns}
+    found = {"patterns.md": jinja.get_template("patterns.md.jinja").render(patterns=patterns, needs=needs)}
+    page = jinja.get_template("pattern.md.jinja")
+    for pattern in patterns:
+        name = pattern["name"]
+        found[f"patterns/{name}.md"] = page.render(pattern=pattern, needs=needs[name], speed=None, quality=None)
+    return found
+
+
 def main() -> None:
     written = pages()
-    for folder in ("policies", "selectors"):
+    for folder in ("policies", "selectors", "patterns"):
         (HERE / folder).mkdir(exist_ok=True)
         for stale in set((HERE / folder).glob("*.md")) - {HERE / name for name in written}:
             stale.unlink()

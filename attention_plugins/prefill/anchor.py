@@ -27,8 +27,9 @@ class Anchor(Pattern):
     Chunks: groups are counted from the prompt's start. Chunks that are a multiple of `128 step` tokens long give the
     same mask as the whole prompt; others leave groups open, whose halves then choose for themselves.
 
-    Formula: unit `u` is computed for a group if `max over its blocks b, keys j of mean(q_b) k_j / sqrt d + theta >=
-    mean over rows of max over sink and near keys of q k / sqrt d`.
+    Formula:
+        unit u is computed for a group if max over its blocks b, keys j of mean(q_b) k_j / sqrt d + theta >= mean over
+        rows of max over sink and near keys of q k / sqrt d.
     """
 
     name = "anchor"

@@ -158,7 +158,6 @@ class Plan:
 class PatternArgs(Arguments):
     """Arguments that every pattern takes. Unknown fields are errors."""
 
-    # Not measured: no server plans with these yet (docs/sparse-prefill.md).
     min_context: int = Field(32768, ge=0, description="Chunks that see fewer tokens are attended densely.")
     dense_layers: int = Field(0, ge=0, description="First layers, which are attended densely.")
 

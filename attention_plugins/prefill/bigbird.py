@@ -26,7 +26,8 @@ class BigBird(Pattern):
     Published for encoders, whose window has two sides and whose global tokens are seen from and see everywhere: this is
     the causal half of it, which nobody has shown to work for decoders. Sizes as usually quoted; not verified.
 
-    Formula: block `i` sees `j` with `j < globals`, `i - j < window`, or `j` among `random` draws from `0..i`.
+    Formula:
+        block i sees j with j < globals, i - j < window, or j among random draws from 0..i.
     """
 
     name = "bigbird"

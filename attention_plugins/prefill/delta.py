@@ -25,7 +25,8 @@ class Delta(Pattern):
     row. So chunks whose length is a multiple of 128 change nothing, if they don't for the base. The prompt's length has
     to be known before its last chunk, or only that chunk's rows are dense.
 
-    Formula: `O_i = S_i + D_j - S_j`, `j = gamma * floor(i / gamma)`, S the pattern's output and D dense attention's.
+    Formula:
+        O_i = S_i + D_j - S_j, j = gamma * floor(i / gamma), S the pattern's output and D dense attention's.
     """
 
     name = "delta"

@@ -29,8 +29,9 @@ class FlexPrefill(Pattern):
     get a mask that fits them, and the mask depends on where the prompt was cut. A last chunk of few tokens decides by
     those.
 
-    Formula: `D = sqrt(JS(softmax(mean q * mean k / sqrt d), sums of softmax(q k / sqrt d)))`; columns and diagonals
-    with `1 + #(sorted sums <= gamma)` tokens.
+    Formula:
+        D = sqrt(JS(softmax(mean q * mean k / sqrt d), sums of softmax(q k / sqrt d))); columns and diagonals with 1 +
+        #(sorted sums <= gamma) tokens.
     """
 
     name = "flexprefill"

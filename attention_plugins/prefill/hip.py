@@ -26,8 +26,9 @@ class HiP(Pattern):
     later steps are left out. The last stage ends at the cache's unit (8 tokens there), and a block has 128 queries (64
     there).
 
-    Formula: `score_j = max over heads and the block's queries of q k_j`, `2 log2(chunk)` tokens looked at per chunk;
-    chunks of 256, then 32, then a unit, the best for `first_tokens`, `second_tokens`, `tokens`.
+    Formula:
+        score_j = max over heads and the block's queries of q k_j, 2 log2(chunk) tokens looked at per chunk; chunks of
+        256, then 32, then a unit, the best for first_tokens, second_tokens, tokens.
     """
 
     name = "hip"

@@ -46,7 +46,8 @@ class MInference(Pattern):
     Chunks: the last queries are each chunk's own, so the mask depends on where the prompt was cut. The table is read on
     the CPU, the numbers in it go to the GPU with each plan.
 
-    Formula: `A = softmax(Q_last64 K^T / sqrt d)`; columns by `sum_i A_ij`, diagonals by `sum_i A_i,i-o`.
+    Formula:
+        A = softmax(Q_last64 K^T / sqrt d); columns by sum_i A_ij, diagonals by sum_i A_i,i-o.
     """
 
     name = "minference"

@@ -17,7 +17,8 @@ class Power(Pattern):
     at the distances between. The same for all heads and layers. The paper keeps some layers dense (`dense_layers` does
     so for the first ones only). Written from a description; the paper's code wasn't read.
 
-    Formula: block `i` sees `j` with `j = 0`, `i - j < window`, or `i - j` a power of two.
+    Formula:
+        block i sees j with j = 0, i - j < window, or i - j a power of two.
     """
 
     name = "power"

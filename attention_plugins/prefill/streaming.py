@@ -15,7 +15,8 @@ class Streaming(Pattern):
     each block of 128 queries, so later rows see more. The default sizes are those that Delta Attention was published
     with.
 
-    Formula: query `i` sees `j` with `j < sinks` or `i - j < window`.
+    Formula:
+        query i sees j with j < sinks or i - j < window.
     """
 
     name = "streaming"

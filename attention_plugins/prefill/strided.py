@@ -18,7 +18,8 @@ class Strided(Pattern):
     sizes). Sharded by KV head, as in the authors' code for grouped queries. With tensor parallelism each GPU counts its
     own heads from 0, so heads of different GPUs share shards.
 
-    Formula: head `h` sees block `j` of 64 if `i - j < local` or `(j + h * max(1, stride // heads)) % stride == 0`.
+    Formula:
+        head h sees block j of 64 if i - j < local or (j + h * max(1, stride // heads)) % stride == 0.
     """
 
     name = "strided"

@@ -23,7 +23,8 @@ class XAttention(Pattern):
 
     Chunks: rows are scored by themselves, so the mask doesn't depend on chunks whose length is a multiple of 128.
 
-    Formula: `mass_ij = sum over tiles of block (i, j) of softmax_c(mean_t q_{r,S-1-t} k_{c,t} / sqrt d)`.
+    Formula:
+        mass_ij = sum over tiles of block (i, j) of softmax_c(mean_t q_{r,S-1-t} k_{c,t} / sqrt d).
     """
 
     name = "xattention"

@@ -26,8 +26,9 @@ class ZipVL(Pattern):
 
     Chunks: the probes are each chunk's own, so the mask depends on where the prompt was cut.
 
-    Formula: `p = min{p : sum of the p largest a_j >= tau * sum a}`, `a_j = sum over probes and heads of A_ij`; ranked
-    by `a_j / #probes i >= j`.
+    Formula:
+        p = min{p : sum of the p largest a_j >= tau * sum a}, a_j = sum over probes and heads of A_ij; ranked by a_j /
+        #probes i >= j.
     """
 
     name = "zipvl"

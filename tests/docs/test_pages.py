@@ -1,4 +1,4 @@
-"""docs/policies/ and docs/selectors/ say what the source says."""
+"""docs/policies/, docs/selectors/ and docs/patterns/ say what the source says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 
 from attention_plugins.decode.registry import BUILT_IN as SELECTORS
+from attention_plugins.prefill.base import Pattern
+from attention_plugins.prefill.registry import BUILT_IN as PATTERNS
 from kvcache.allocators.gates import GateHeads
 from kvcache.method import Method
 from kvcache.policies.base import Policy
@@ -29,23 +31,28 @@ def build() -> ModuleType:
 
 def test_pages_are_current(build: ModuleType) -> None:
     """When this fails: `make docs`."""
-    pages = [*(DOCS / "policies").glob("*.md"), *(DOCS / "selectors").glob("*.md"), DOCS / "selectors.md"]
+    folders = [page for folder in ("policies", "selectors", "patterns") for page in (DOCS / folder).glob("*.md")]
+    pages = [*folders, DOCS / "selectors.md", DOCS / "patterns.md"]
     written = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in pages}
     assert written == build.pages()
 
 
-@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values(), GateHeads], ids=lambda m: m.name)
+EVERY = [*BUILT_IN, *PATTERNS, *LAYERS.values(), *HEADS.values()]
+
+
+@pytest.mark.parametrize("method", [*EVERY, GateHeads], ids=lambda m: m.name)
 def test_every_method_has_a_short_formula(method: type[Method], build: ModuleType) -> None:
     """On its page, apart from its description; an allocator's is on the page of all."""
     told, pages = method.describe(), build.pages()
     lines = told["formula"].splitlines()
     assert 1 <= len(lines) <= 6 and lines[0] == lines[0].lstrip() and "Formula" not in told["description"]
-    page = pages[f"policies/{method.name if issubclass(method, Policy) else 'README'}.md"]
+    folder = "patterns" if issubclass(method, Pattern) else "policies"
+    page = pages[f"{folder}/{method.name if issubclass(method, Policy | Pattern) else 'README'}.md"]
     assert method is GateHeads or f"```text\n{told['formula']}\n```" in page
-    assert not issubclass(method, Policy) or page.count("## Formula") == 1
+    assert not issubclass(method, Policy | Pattern) or page.count("## Formula") == 1
 
 
-@pytest.mark.parametrize("method", [*BUILT_IN, *LAYERS.values(), *HEADS.values()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name)
 def test_formulas_name_arguments_that_there_are(method: type[Method]) -> None:
     named = set(re.findall(r"`(\w+)", method.describe()["formula"]))
     assert named <= set(method.Args.model_fields)
