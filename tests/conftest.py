@@ -17,7 +17,10 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where tests/kvcache runs the code under test"
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where the code under test runs (tests/kvcache, tests/attention_plugins/prefill)",
     )
 
 

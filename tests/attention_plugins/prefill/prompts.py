@@ -10,6 +10,7 @@ import torch
 
 from attention_plugins.prefill.base import Chunk, Pattern, Plan
 from attention_plugins.prefill.registry import make_pattern
+from tests.device import DEVICE
 
 NUM_HEADS, NUM_KV_HEADS, DIM, UNIT = 4, 2, 16, 16
 ODD = 1035
@@ -76,7 +77,7 @@ def make_prompt(length: int = ODD, seed: int = 0, strength: float = 2.0, num_hea
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu").to(DEVICE)
 
     return Prompt(
         draw(length, num_heads, DIM) * strength, draw(NUM_KV_HEADS, length, DIM), draw(NUM_KV_HEADS, length, DIM)

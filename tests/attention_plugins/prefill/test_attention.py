@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_plugins.prefill.attention import attend, dense_attention, dense_rows, merge, sparse_attention
 from attention_plugins.prefill.base import Plan
 from tests.attention_plugins.prefill.prompts import DIM, Pages, make, make_prompt
+from tests.device import DEVICE
 
 
 @pytest.mark.parametrize("first", [0, 128, 200, 299])
@@ -30,7 +31,9 @@ def test_dense_is_torchs_attention(first: int) -> None:
 def test_sparse_is_attention_over_the_mask(per_kv_head: bool) -> None:
     prompt = make_prompt(300)
     chunk = prompt.chunk(70)
-    chance = torch.rand(2 if per_kv_head else 4, 2, 19, generator=torch.Generator().manual_seed(1))
+    chance = torch.rand(2 if per_kv_head else 4, 2, 19, generator=torch.Generator().manual_seed(1), device="cpu").to(
+        DEVICE
+    )
     plan = Plan.forced(chance < 0.3, chunk.grid)
     out, lse = sparse_attention(chunk, Pages(prompt.values), plan)
     for head in range(4):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention_plugins.prefill.choose import count_to_reach, cover, ranks, top
+from tests.device import DEVICE
 
 
 def test_ties_go_to_the_lower_position() -> None:
@@ -42,7 +43,7 @@ def test_equal_masses_give_the_share() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cover_reaches_its_share_with_the_fewest(seed: int) -> None:
-    mass = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(-1)
+    mass = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE).mul(3).softmax(-1)
     chosen = cover(mass, 0.8)
     kept = mass.masked_fill(~chosen, 0)
     assert (kept.sum(-1) >= 0.8 - 1e-5).all()

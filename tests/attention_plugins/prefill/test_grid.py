@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention_plugins.prefill.grid import Grid
+from tests.device import DEVICE
 
 CHUNKS = pytest.mark.parametrize(
     ("q_len", "k_len", "unit"), [(1, 1, 16), (300, 300, 16), (129, 500, 8), (256, 640, 128), (77, 401, 32)]
@@ -47,14 +48,14 @@ def test_from_tokens_blocks_and_diagonals(q_len: int, k_len: int, unit: int) -> 
     rows, keys, _ = tokens(grid)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.rand(3, k_len, generator=generator) < 0.02
+        chosen = torch.rand(3, k_len, generator=generator, device="cpu").to(DEVICE) < 0.02
         for head in range(3):
             columns = chosen[head].expand(q_len, -1)
             assert torch.equal(grid.from_tokens(chosen)[head] & grid.visible, brute(grid, columns))
             diagonals = chosen[head][(rows - keys).clamp(min=0)]
             assert torch.equal(grid.from_diagonals(chosen)[head] & grid.visible, brute(grid, diagonals))
         for block in (64, 128, 256):
-            blocks = torch.rand(2, grid.k_blocks(block), generator=generator) < 0.4
+            blocks = torch.rand(2, grid.k_blocks(block), generator=generator, device="cpu").to(DEVICE) < 0.4
             columns = blocks[1][keys // block].expand(q_len, -1)
             assert torch.equal(grid.from_blocks(blocks, block)[1] & grid.visible, brute(grid, columns))
 

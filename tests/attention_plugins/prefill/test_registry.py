@@ -23,7 +23,7 @@ def test_words_and_back(name: str) -> None:
         spelled = pattern_words(pattern)
         assert spelled["pattern"] == name and pattern_words(make_pattern(spelled)) == spelled
     described = patterns()[name].describe()
-    assert "Formula:" in described["description"] and described["name"] == name
+    assert described["formula"] and described["name"] == name
     assert described["chunk_exact"] == patterns()[name].chunk_exact
     for field in described["arguments"]["properties"].values():
         assert field["description"] and ("default" in field or name == "delta")

@@ -8,6 +8,7 @@ import torch
 from attention_plugins.prefill import base
 from attention_plugins.prefill.scores import column_sums, diagonal_sums, last_row_sums, pooled_keys, pooled_queries
 from tests.attention_plugins.prefill.prompts import NUM_HEADS, attention, make_prompt
+from tests.device import DEVICE
 
 
 @pytest.mark.parametrize("tile", [64, 100, 512])
@@ -34,7 +35,7 @@ def test_column_sums_of_some_rows() -> None:
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4)])
 def test_diagonals(m: int, n: int) -> None:
-    tile = torch.randn(2, m, n, generator=torch.Generator().manual_seed(0))
+    tile = torch.randn(2, m, n, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     wanted = [torch.diagonal(tile, n - 1 - away, 1, 2).sum(-1) for away in range(m + n - 1)]
     torch.testing.assert_close(diagonal_sums(tile), torch.stack(wanted, -1))
 
