@@ -2,7 +2,7 @@
 every answer has to be what the request gets alone.
 
 VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600]
-    [--alone 128] [--selectors] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
+    [--alone 128] [--selectors] [--patterns] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
 
 With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
 
@@ -43,6 +43,16 @@ WHOLE_CACHES = ("tidal", "lessismore")
 """Selectors that go with no policy."""
 
 
+STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 64, "window": 256, "min_context": 300}
+PATTERNS: list[dict[str, Any]] = [
+    {"pattern": "xattention", "threshold": 0.7, "min_context": 300},
+    STREAMING,
+    {"pattern": "delta", "gamma": 32, "base": STREAMING},
+    {"pattern": "strided", "local": 2, "min_context": 300},
+]
+"""Those that any cut into chunks leaves alone: others answer differently in a batch, as documented."""
+
+
 @dataclass
 class Job:
     name: str
@@ -54,6 +64,12 @@ class Job:
     compacted: bool = False
     preemptions: int = 0
     selector: dict[str, Any] | None = None
+    pattern: dict[str, Any] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        asked = {"kv_cache": self.words, "decode_attention": self.selector, "prefill_attention": self.pattern}
+        return {name: words for name, words in asked.items() if words}
 
 
 def make_jobs(number: int, vocabulary: int) -> list[Job]:
@@ -112,9 +128,8 @@ def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
 
     engine, by_name = llm.llm_engine, {job.name: job for job in jobs}
     for job in jobs:
-        extra = {"kv_cache": job.words, **({"decode_attention": job.selector} if job.selector else {})}
         params = SamplingParams(
-            max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra
+            max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=job.fields
         )
         engine.add_request(job.name, {"prompt_token_ids": job.prompt}, params)
     while engine.has_unfinished_requests():
@@ -147,7 +162,7 @@ def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> No
         blocks_leaked=invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks())  # fmt: skip
     different, compacted = [], 0
     for job in jobs[:alone]:
-        again = Job(job.name, job.prompt, job.words, job.tokens, None, selector=job.selector)
+        again = Job(job.name, job.prompt, job.words, job.tokens, None, selector=job.selector, pattern=job.pattern)
         llm.reset_prefix_cache()
         run(llm, [again], invariants)
         compacted += again.compacted
@@ -165,6 +180,7 @@ def difference(job: Job, alone: Job) -> dict[str, Any]:
     first = next((i for i, (one, other) in pairs if one != other), len(alone.answer))
     return {
         "name": job.name, "policy": job.words["policy"], "selector": (job.selector or {}).get("selector"),
+        "pattern": (job.pattern or {}).get("pattern"),
         "prompt": len(job.prompt), "compacted": alone.compacted,
         "preemptions": job.preemptions, "token": first,
     }  # fmt: skip
@@ -190,6 +206,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=128, help="how many are run again alone")
     parser.add_argument("--plain", action="store_true", help="no policies")
     parser.add_argument("--selectors", action="store_true", help="most requests have a selector, too")
+    parser.add_argument("--patterns", action="store_true", help="most prompts have a pattern, too")
     parser.add_argument("--stock", action="store_true", help="vLLM as it is")
     parser.add_argument("--flash-attention", type=int, choices=(2, 3), help="version; vLLM chooses 3 on Hopper")
     parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
@@ -214,6 +231,8 @@ def main() -> None:
             job.words = {"policy": "none"}
     if args.selectors:
         give_selectors(jobs)
+    for i, job in enumerate(jobs if args.patterns else ()):
+        job.pattern = PATTERNS[i // 3 % len(PATTERNS)] if i % 3 else None
     compare(llm, jobs, Invariants(llm.llm_engine), args.alone)
 
 
