@@ -2,7 +2,8 @@
 every answer has to be what the request gets alone.
 
 VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600]
-    [--alone 128] [--selectors] [--patterns] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache] [--whole-prompts]
+    [--alone 128] [--selectors] [--patterns] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache]
+    [--whole-prompts]
 
 With --plain the same requests have no policy, with --stock vLLM is as it is: what differs then is its own variance.
 
