@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 START_LIMIT = 300.0
 """Seconds a server may take to start; two busy cores need about 40."""
 
@@ -59,8 +61,12 @@ class Server:
 
 
 @contextmanager
-def running_server(log: Path, *flags: str) -> Iterator[Server]:
+def running_server(log: Path, *flags: str, limit: float = START_LIMIT, progress: bool = False) -> Iterator[Server]:
     """`longreach serve` with these flags on a free port of 127.0.0.1, until the block ends.
+
+    Args:
+        limit: seconds that it may take to start.
+        progress: show how long it takes, and the log's last line.
 
     Raises:
         RuntimeError: it did not start; with the end of its log.
@@ -75,7 +81,7 @@ def running_server(log: Path, *flags: str) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        _wait(server)
+        _wait(server, limit, progress)
         yield server
     finally:
         if process.poll() is None:
@@ -86,12 +92,15 @@ def running_server(log: Path, *flags: str) -> Iterator[Server]:
                 process.kill()
 
 
-def _wait(server: Server) -> None:
-    deadline = time.monotonic() + START_LIMIT
-    while time.monotonic() < deadline and server.process.poll() is None:
-        try:
-            server.get("/health")
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
+def _wait(server: Server, limit: float, progress: bool) -> None:
+    end = time.monotonic() + limit
+    with tqdm(desc="the server starts", disable=not progress, bar_format="{desc} [{elapsed}]{postfix}") as bar:
+        while time.monotonic() < end and server.process.poll() is None:
+            try:
+                server.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+            if progress:
+                bar.set_postfix_str(server.log.read_text(errors="replace").rstrip().rpartition("\n")[2][-90:])
     raise RuntimeError("the server did not start:\n" + server.log.read_text(errors="replace")[-4000:])

@@ -61,7 +61,17 @@ def largest(count: Callable[[int], int], room: int) -> int:
     return low
 
 
-def fit(prompter: Prompter, build: Build, room: int) -> tuple[Draft, Prompt]:
+@dataclass(frozen=True)
+class Fitted:
+    """A draft, its prompt, and the sizes that it was built with."""
+
+    draft: Draft
+    prompt: Prompt
+    units: int
+    padding: int
+
+
+def fit(prompter: Prompter, build: Build, room: int) -> Fitted:
     """The draft whose prompt has at most `room` tokens and at least 99 % of them.
 
     Raises:
@@ -78,4 +88,4 @@ def fit(prompter: Prompter, build: Build, room: int) -> tuple[Draft, Prompt]:
     fitted = prompter.prompt(draft.head, draft.tail, draft.begun)
     if not room - room // TOLERANCE <= len(fitted.ids) <= room:
         raise ValueError(f"no prompt of {room} tokens within 1 %: {len(fitted.ids)}")
-    return draft, fitted
+    return Fitted(draft, fitted, units, padding)

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 LEAST_REST = 1e-6
 """Probability that the tokens outside a top-K list have at least: what is left of a float32 sum is noise below it."""
@@ -37,7 +38,7 @@ def tokens_after(offsets: Sequence[tuple[int, int]], end: int) -> int:
     return sum(first >= end for first, _ in offsets)
 
 
-def divergence(dense: Mapping[int, float], other: Mapping[int, float]) -> float:
+def divergence(dense: Mapping[Any, float], other: Mapping[Any, float]) -> float:
     """KL(dense || other) in nats over the tokens that both lists hold, those of `dense` alone, and the rest.
 
     Merging tokens into buckets can only lower a divergence, and tokens that `other` doesn't list are given the
@@ -45,8 +46,8 @@ def divergence(dense: Mapping[int, float], other: Mapping[int, float]) -> float:
     the longer the lists, the closer.
 
     Args:
-        dense, other: log probability by token id, each distribution's most likely tokens and perhaps one more (the
-            token that stands in the text).
+        dense, other: log probability by token (id or text), each distribution's most likely tokens and perhaps one
+            more (the token that stands in the text).
     """
     total, rest, other_rest, alone, number = 0.0, 1.0, 1.0, 0.0, 0
     for token, log_p in dense.items():
@@ -66,7 +67,7 @@ def divergence(dense: Mapping[int, float], other: Mapping[int, float]) -> float:
     return max(0.0, total + rest * math.log(rest / (other_rest - share)))
 
 
-def compared(dense: Sequence[int], other: Sequence[int]) -> int:
+def compared(dense: Sequence[Any], other: Sequence[Any]) -> int:
     """Answer positions whose context is the same in both: up to and with the first at which they part."""
     for index, (a, b) in enumerate(zip(dense, other, strict=False)):
         if a != b:
@@ -74,7 +75,7 @@ def compared(dense: Sequence[int], other: Sequence[int]) -> int:
     return min(len(dense), len(other))
 
 
-def mean_divergence(dense: Sequence[Mapping[int, float]], other: Sequence[Mapping[int, float]]) -> float:
+def mean_divergence(dense: Sequence[Mapping[Any, float]], other: Sequence[Mapping[Any, float]]) -> float:
     """Mean over positions, as many as both have.
 
     Raises:

@@ -115,6 +115,8 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
+    def decode(self, ids: Any, **kwargs: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
 class Passkey:

@@ -27,16 +27,17 @@ class Passage:
     continuation: list[int]
 
 
-def make_passage(tokenizer: Any, tokens: int, continuation: int, seed: int) -> Passage:
-    """A piece of the reference that begins with a paragraph; document and continuation are `tokens` long together.
+def make_passage(tokenizer: Any, tokens: int, continuation: int, seed: int, text: str | None = None) -> Passage:
+    """A piece of a text that begins with a paragraph; document and continuation are `tokens` long together.
 
     Args:
         tokenizer: of transformers; its special tokens at the start (BOS) are counted and kept.
+        text: the reference, if left out.
 
     Raises:
-        ValueError: the reference is too short for that.
+        ValueError: the text is too short for that.
     """
-    text = reference_text()
+    text = reference_text() if text is None else text
     room = len(text) - tokens * CHARACTERS_PER_TOKEN
     if room <= 0 or not 0 < continuation < tokens:
         raise ValueError(f"no passage of {tokens} tokens with a continuation of {continuation}: the text is too short")

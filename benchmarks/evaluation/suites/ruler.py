@@ -59,8 +59,8 @@ class Ruler(Suite):
 
     def make(self, prompter: Prompter, haystack: Haystack, place: Place, variant: str) -> Sample:
         answer = ANSWER_TOKENS[place.task]
-        draft, prompt = fit(prompter, self.build(haystack, place), place.length - answer)
-        return Sample(place, prompt, answer, draft.answers, info=draft.info)
+        fitted = fit(prompter, self.build(haystack, place), place.length - answer)
+        return Sample(place, fitted.prompt, answer, fitted.draft.answers, info=fitted.draft.info)
 
     def rate(self, sample: Sample, reply: Reply, dense: Any) -> Scored:
         match = string_match_part if sample.place.task.startswith("qa") else string_match_all
