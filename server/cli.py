@@ -33,6 +33,8 @@ USAGE = """usage: longreach COMMAND ...
   calibrate PROMPT_FILE... --output FILE.safetensors [--model MODEL] [--rank N]
             [--selection-layers N] [--progress]
         measure what some selectors have to know of a model
+  eval run [SWEEP.yaml] --out DIR [--url URL | --model MODEL] | report DIR | docs SUMMARY.json
+        measure what policies, selectors and patterns lose, on this or any other OpenAI endpoint
   doctor
         what this machine can run, and why not"""
 
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         "explain": _explain,
         "head-gates": _head_gates,
         "calibrate": _calibrate,
+        "eval": _eval,
         "doctor": _doctor,
     }
     if argv and argv[0] in commands:
@@ -291,6 +294,15 @@ def _calibrate(argv: list[str]) -> None:
         _fail(one_line(error))
     with _reader_may_leave():
         print(told)
+
+
+def _eval(argv: list[str]) -> None:
+    from benchmarks.evaluation.cli import main as evaluate
+
+    with _reader_may_leave():
+        code = evaluate(argv)
+    if code:
+        raise SystemExit(code)
 
 
 def _doctor(argv: list[str]) -> None:

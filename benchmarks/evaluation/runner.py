@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks.evaluation.endpoint import Endpoint, Refused, TimedOut
 from benchmarks.evaluation.haystack import Haystack, noise
 from benchmarks.evaluation.store import ERROR, OK, TIMEOUT, TRUNCATED, Row, Store
-from benchmarks.evaluation.suite import Place, Reply, Sample, Suite, Unscored
+from benchmarks.evaluation.suite import UNKNOWN, Place, Reply, Sample, Suite, Unscored
 from benchmarks.evaluation.tokens import Prompter
 from benchmarks.evaluation.variants import DENSE, Variant, not_run
 
@@ -175,7 +175,7 @@ class Runner:
             return _row(place, variant, TIMEOUT, error=str(error), **common)
         except Refused as error:
             return _row(place, variant, ERROR, error=str(error), **common)
-        common |= told(reply, len(prompt.ids))
+        common |= told(reply, len(prompt.ids), prompt.hidden if variant.question == UNKNOWN else 0)
         if sample.request.get("echo"):
             del common["text"]  # the prompt itself
         if reply.usage.get("prompt_tokens") != len(prompt.ids):
@@ -194,8 +194,12 @@ class Runner:
         return _row(place, variant, OK, score=scored.score, measures=dict(scored.measures), keep=keep, **common)
 
 
-def told(reply: Reply, tokens: int) -> dict[str, Any]:
-    """What a row holds of a reply, whatever its worth."""
+def told(reply: Reply, tokens: int, hidden: int) -> dict[str, Any]:
+    """What a row holds of a reply, whatever its worth.
+
+    Args:
+        hidden: the prompt's last tokens that compaction didn't see, and that all stay.
+    """
     cache = reply.usage.get("kv_cache") or {}
     kept = (cache.get("kept_tokens") or {}).get("mean")
     seen = cache.get("compacted_tokens", tokens)
@@ -204,7 +208,7 @@ def told(reply: Reply, tokens: int) -> dict[str, Any]:
         "text": reply.text[:1000], "finish_reason": reply.finish_reason, "ttft": _rounded(reply.ttft),
         "prompt_tokens": reply.usage.get("prompt_tokens"), "completion_tokens": reply.usage.get("completion_tokens"),
         "cached_tokens": details.get("cached_tokens"), "seconds": _rounded(reply.seconds),
-        "kept": None if kept is None else round(kept / seen, 4), "bytes_held": cache.get("bytes_held"),
+        "kept": None if kept is None else round((kept - hidden) / (seen - hidden), 4), "bytes_held": cache.get("bytes_held"),
         "steps": (reply.usage.get("decode_attention") or {}).get("steps"),
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         status: only `ok` rows have a score; the others say why in `error`.
         prompt_tokens: as the server counts; `sent_tokens` as we do.
-        kept: share of the prompt's tokens kept, mean over layers and KV heads; None where the server doesn't tell.
+        kept: share kept of the tokens that compaction saw, mean over layers and KV heads; None where nobody tells.
         steps: of a selector, by what they read.
     """
 

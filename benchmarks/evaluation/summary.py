@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.store import OK, Row, read
+from benchmarks.evaluation.suites.ruler import TASKS
 from benchmarks.quality.summary import rounded
 
 
@@ -108,6 +109,12 @@ def make_cell(rows: Sequence[Row]) -> Cell:
     )  # fmt: skip
 
 
+def _task_order(cell: Cell) -> tuple[Any, ...]:
+    """RULER's tasks as RULER lists them; others by name."""
+    known = TASKS.index(cell.task) if cell.task in TASKS else len(TASKS)
+    return cell.suite != "ruler", cell.suite, cell.length, known, cell.task
+
+
 def summarise(runs: Sequence[Mapping[str, Any]], rows: Iterable[Row]) -> Summary:
     """
     Args:
@@ -130,7 +137,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], rows: Iterable[Row]) -> Summary
         if row.status != OK:
             problems[row.variant, row.suite, row.status, row.error or ""] += 1
     order = list(variants)
-    cells = sorted(map(make_cell, groups.values()), key=lambda cell: order.index(cell.variant))
+    cells = sorted(map(make_cell, groups.values()), key=lambda cell: (order.index(cell.variant), *_task_order(cell)))
     failures = [
         {"variant": variant, "suite": suite, "status": status, "error": error, "rows": number}
         for (variant, suite, status, error), number in problems.most_common()

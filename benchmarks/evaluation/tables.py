@@ -55,11 +55,13 @@ def dense_table(summary: Summary, suite: str) -> str:
 def left_out(summary: Summary, suite: str, length: int) -> str:
     """One line on which tasks are compared."""
     own, others = compared(summary, suite, length)
+    asked = sorted({sum(cell.statuses.values()) for cell in summary.of(suite, DENSE, length)})
+    samples = f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} samples a task" if asked else "no samples"
     if not others:
-        return f"All {len(own)} tasks are compared."
+        return f"{samples.capitalize()}; all {len(own)} tasks are compared."
     return (
-        f"Compared: {', '.join(own) or 'none'}. Left out, since the dense model scores under {LEAST:.0%}: "
-        f"{', '.join(others)}."
+        f"{samples.capitalize()}. Compared: {', '.join(own) or 'none'}. Left out, since the dense model scores under "
+        f"{LEAST:.0%}: {', '.join(others)}."
     )
 
 

@@ -67,7 +67,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "selectors", "patterns", "explain", "head-gates", "calibrate", "doctor")
+COMMANDS = ("serve", "policies", "selectors", "patterns", "explain", "head-gates", "calibrate", "eval", "doctor")
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:

@@ -38,7 +38,7 @@ def make(prompter: Prompter, haystack: Haystack, task: str, length: int, index: 
 
 def text_of(prompter: Prompter, sample: Sample) -> str:
     tokenizer = prompter.tokenizer
-    return str(tokenizer.decode(sample.prompt.ids))  # type: ignore[attr-defined]
+    return str(tokenizer.decode(sample.prompt.ids))
 
 
 def test_there_are_thirteen_tasks() -> None:
@@ -54,8 +54,8 @@ def test_lengths_are_exact_and_answers_are_in_the_document(
     total = len(sample.prompt.ids) + sample.max_tokens
     assert 0.99 * length <= total <= length
     tokenizer = prompter.tokenizer
-    document = str(tokenizer.decode(sample.prompt.ids[: -sample.prompt.hidden]))  # type: ignore[attr-defined]
-    question = str(tokenizer.decode(sample.prompt.ids[-sample.prompt.hidden :]))  # type: ignore[attr-defined]
+    document = str(tokenizer.decode(sample.prompt.ids[: -sample.prompt.hidden]))
+    question = str(tokenizer.decode(sample.prompt.ids[-sample.prompt.hidden :]))
     assert all(answer in document for answer in sample.answers)
     assert 10 < sample.prompt.hidden < 150 and ("?" in question) and document.startswith("<|im_start|>system")
 
