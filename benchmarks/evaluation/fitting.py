@@ -42,8 +42,9 @@ def largest(count: Callable[[int], int], room: int) -> int:
     if at_low > room:
         raise ValueError(f"{room} tokens are too few: the task alone takes {at_low}")
     high, at_high = 0, 0
-    rate, tries = 8.0, 0
-    while (high == 0 or high - low > 1) and room - at_low > room // CLOSE:
+    rate, tries, still = 8.0, 0, 0
+    # A prompt that doesn't grow any more, whatever it is given, is as long as it gets.
+    while (high == 0 or high - low > 1) and room - at_low > room // CLOSE and still < 4:
         tries += 1
         if high == 0:
             guess = low + max(1, round((room - at_low) / rate))
@@ -56,6 +57,7 @@ def largest(count: Callable[[int], int], room: int) -> int:
         if tokens > room:
             high, at_high = guess, tokens
         else:
+            still = still + 1 if tokens == at_low else 0
             rate = max(0.5, (tokens - at_low) / (guess - low))
             low, at_low = guess, tokens
     return low

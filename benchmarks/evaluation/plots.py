@@ -1,7 +1,8 @@
-"""Pictures of a summary. Needs matplotlib (`pip install 'longreach[explain]'`)."""
+"""Pictures of a summary. They need matplotlib, which the extra `explain` brings."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ SETTINGS = {"known": "question known", "unknown": "question unknown"}
 MARKERS = {DENSE: "*", POLICY: "o", SELECTOR: "s", PATTERN: "^", OTHER: "D"}
 PANELS = 24
 """Heat maps in one picture at most."""
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
@@ -36,6 +42,7 @@ def by_budget(summary: Summary, suite: str, length: int) -> Figure | None:
 
     found = {each.variant: each for each in standings(summary, suite, length)}
     own = {name: summary.variants[name] for name in found if summary.variants[name]["group"] == POLICY}
+    own = {name: words for name, words in own.items() if None not in (found[name].kept, found[name].worst)}
     settings = [setting for setting in SETTINGS if any(words["question"] == setting for words in own.values())]
     if not settings:
         return None

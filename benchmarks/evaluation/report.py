@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from benchmarks.evaluation import plots, tables
-from benchmarks.evaluation.standing import BELOW, GOOD, LEAST
+from benchmarks.evaluation.standing import BELOW, GOOD, LEAST, standings
 from benchmarks.evaluation.summary import Summary, of_folders
 
 if TYPE_CHECKING:
@@ -36,8 +36,14 @@ def sections(summary: Summary) -> Iterator[Section]:
     if suite is None:
         yield Section("Nothing was scored", "No request has a score.")
         return
+    pictures = plots.available()
+    if not pictures:
+        text = "matplotlib isn't installed: install the extra `explain`, then `longreach eval report` draws them."
+        yield Section("There are no pictures", text)
     for length in reversed(summary.lengths(suite)):
         at = f"{suite}, {length:,} tokens"
+        if len(standings(summary, suite, length)) < 2:
+            continue  # only the dense model, whose tables come below
         if advice := _lines(tables.advice_table(summary, suite, length)):
             text = (
                 f"Of the variants with at least {GOOD:.0%} of the dense mean, and {BELOW:.0%} of dense in each single "
@@ -45,14 +51,14 @@ def sections(summary: Summary) -> Iterator[Section]:
             yield Section(f"Which one: {at}", f"{text}task, the one that saves most.", advice)
         text = tables.left_out(summary, suite, length)
         yield Section(f"Results: {at}", text, tables.standing_table(summary, suite, length))
-        if figure := plots.by_budget(summary, suite, length):
+        if pictures and (figure := plots.by_budget(summary, suite, length)):
             yield Section(f"Score by budget: {at}", figure=figure)
-        if figure := plots.trade_offs(summary, suite, length):
+        if pictures and (figure := plots.trade_offs(summary, suite, length)):
             text = "Full markers: the question was in the prompt. Named are those that no other one beats in both."
             yield Section(f"Cost and worth: {at}", text, figure=figure)
         yield Section(f"Each task: {at}", "In brackets: not compared.", tables.task_table(summary, suite, length))
     for name in ("needle", "passkey"):
-        if figure := plots.needle_maps(summary, name):
+        if pictures and (figure := plots.needle_maps(summary, name)):
             yield Section(f"Found by depth: {name}", figure=figure)
     for name in dict.fromkeys(cell.suite for cell in summary.cells):
         if summary.of(name)[0].score is not None or name == suite:

@@ -203,12 +203,13 @@ def told(reply: Reply, tokens: int, hidden: int) -> dict[str, Any]:
     cache = reply.usage.get("kv_cache") or {}
     kept = (cache.get("kept_tokens") or {}).get("mean")
     seen = cache.get("compacted_tokens", tokens)
+    share = None if kept is None else round((kept - hidden) / (seen - hidden), 4)
     details = reply.usage.get("prompt_tokens_details") or {}
     return {
         "text": reply.text[:1000], "finish_reason": reply.finish_reason, "ttft": _rounded(reply.ttft),
         "prompt_tokens": reply.usage.get("prompt_tokens"), "completion_tokens": reply.usage.get("completion_tokens"),
         "cached_tokens": details.get("cached_tokens"), "seconds": _rounded(reply.seconds),
-        "kept": None if kept is None else round((kept - hidden) / (seen - hidden), 4), "bytes_held": cache.get("bytes_held"),
+        "kept": share, "bytes_held": cache.get("bytes_held"),
         "steps": (reply.usage.get("decode_attention") or {}).get("steps"),
     }  # fmt: skip
 

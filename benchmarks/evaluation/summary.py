@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.store import OK, Row, read
+from benchmarks.evaluation.store import OK, Key, Row, read
 from benchmarks.evaluation.suites.ruler import TASKS
 from benchmarks.quality.summary import rounded
 
@@ -147,29 +147,33 @@ def summarise(runs: Sequence[Mapping[str, Any]], rows: Iterable[Row]) -> Summary
 
 
 def of_folders(folders: Sequence[Path]) -> Summary:
-    """
+    """Rows that two folders hold are taken from the first.
+
     Raises:
         ValueError: a folder holds no results, or they don't go together.
     """
-    runs, rows = [], list[Row]()
+    runs: list[dict[str, Any]] = []
+    rows: dict[Key, Row] = {}
     for folder in folders:
         if not (folder / "run.json").exists():
             raise ValueError(f"{folder} holds no results")
         runs.append(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        rows += read(folder)
-    return summarise(runs, rows)
+        for row in read(folder):
+            rows.setdefault(row.key, row)
+    return summarise(runs, rows.values())
 
 
 def of_files(paths: Sequence[Path]) -> Summary:
-    """Summaries as they were written, put together.
+    """Summaries as they were written, put together; what two of them hold is taken from the first.
 
     Raises:
         ValueError: they don't go together.
     """
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     merged = summarise([{**run, "variants": part["variants"]} for part in parts for run in part["runs"]], [])
-    cells = [Cell(**cell) for part in parts for cell in part["cells"]]
-    keys = [(cell.variant, cell.suite, cell.task, cell.length) for cell in cells]
-    if len(set(keys)) < len(keys):
-        raise ValueError("the summaries hold the same cells twice")
-    return Summary(merged.runs, merged.variants, cells, [failure for part in parts for failure in part["failures"]])
+    cells: dict[tuple[str, str, str, int], Cell] = {}
+    for entry in (entry for part in parts for entry in part["cells"]):
+        cell = Cell(**entry)
+        cells.setdefault((cell.variant, cell.suite, cell.task, cell.length), cell)
+    failures = [failure for part in parts for failure in part["failures"]]
+    return Summary(merged.runs, merged.variants, list(cells.values()), failures)

@@ -113,7 +113,7 @@ def test_passages_have_the_asked_length_and_are_real_text(tokenizer: Tokenizer) 
     passage, again, other = (make_passage(tokenizer, 700, 96, seed) for seed in (1, 1, 2))
     assert passage == again != other
     assert (len(passage.document), len(passage.continuation)) == (604, 96)
-    text = tokenizer.decode(passage.document + passage.continuation)  # type: ignore[attr-defined]
+    text = tokenizer.decode(passage.document + passage.continuation)
     assert text[:500] in reference_text()
     with pytest.raises(ValueError, match="too short"):
         make_passage(tokenizer, 1_000_000, 96, 0)
@@ -134,7 +134,7 @@ def test_multikey_documents_hold_all_keys_and_ask_for_one(tokenizer: Tokenizer, 
 def test_what_is_hidden_is_the_question_and_the_template_behind_it(tokenizer: Tokenizer) -> None:
     key = make_passkey(tokenizer, 500, 0.5, 3)
     case = key_case(tokenizer, "passkey", key)
-    decode: Any = tokenizer.decode  # type: ignore[attr-defined]
+    decode: Any = tokenizer.decode
     seen, hidden = decode(case.prompt[: -case.hidden]), decode(case.prompt[-case.hidden :])
     assert len(case.prompt) == key.tokens
     assert seen.rstrip().endswith(key.document[-40:])

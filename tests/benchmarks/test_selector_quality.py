@@ -88,7 +88,7 @@ def test_loki_without_a_calibration_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_prompts_ask_for_keys_that_are_in_them(tokenizer: Tokenizer) -> None:
     prompts = key_prompts(tokenizer, 1000, 2, 3, seed=0)
     assert [prompt.task for prompt in prompts] == [PASSKEY] * 2 + [MULTI_KEY] * 2 + [LATE] * 2 + [LIST] * 2
-    decode: Any = tokenizer.decode  # type: ignore[attr-defined]
+    decode: Any = tokenizer.decode
     for prompt in prompts:
         text = decode(prompt.prompt)
         assert len(prompt.prompt) <= 1000
@@ -112,7 +112,7 @@ def test_open_prompts_are_as_long_as_said_and_half_of_them_ask(tokenizer: Tokeni
     prompts = open_prompts(tokenizer, 600, 4, seed=0)
     assert [len(prompt) for prompt in prompts[1::2]] == [600, 600]
     assert all(500 < len(prompt) <= 600 for prompt in prompts[::2])
-    asks = ["Explain in your own words" in tokenizer.decode(prompt) for prompt in prompts]  # type: ignore[attr-defined]
+    asks = ["Explain in your own words" in tokenizer.decode(prompt) for prompt in prompts]
     assert asks == [True, False, True, False]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,8 +74,13 @@ def question(keys: Sequence[str], kind: str, many: bool) -> tuple[str, str]:
 
 
 def hide(sentences: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> list[str]:
-    """The sentences with each needle at its depth, 0 (in front) to 1 (behind all); of one place in the given order."""
-    places = [(round(depth * len(sentences)), text) for depth, text in zip(depths, needles, strict=True)]
+    """The sentences with each needle at its depth, 0 (in front) to 1 (behind all); of one place in the given order.
+
+    Depth is measured in characters: the place is the sentence's end that is nearest to it.
+    """
+    ends = list(itertools.accumulate((len(sentence) for sentence in sentences), initial=0))
+    middles = [(before + behind) / 2 for before, behind in itertools.pairwise(ends)]
+    places = [(bisect.bisect(middles, depth * ends[-1]), text) for depth, text in zip(depths, needles, strict=True)]
     lines: list[str] = []
     done = 0
     for place, text in sorted(places, key=lambda pair: pair[0]):

@@ -16,19 +16,8 @@ from benchmarks.evaluation.ruler.counting import DOTS, coded_counts
 from benchmarks.evaluation.suite import Place, Reply, Sample
 from benchmarks.evaluation.suites.ruler import ANSWER_TOKENS, TASKS, Ruler
 from benchmarks.evaluation.tokens import Prompter
-from benchmarks.quality.passkeys import Tokenizer
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-
-
-@pytest.fixture(scope="module")
-def prompter(tokenizer: Tokenizer) -> Prompter:
-    return Prompter(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def haystack() -> Haystack:
-    return Haystack()
 
 
 def make(prompter: Prompter, haystack: Haystack, task: str, length: int, index: int = 0, **settings: Any) -> Sample:
