@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.evaluation.store import OK, Key, Row, read
 from benchmarks.evaluation.suites.ruler import TASKS
-from benchmarks.quality.summary import rounded
+from benchmarks.quality.arithmetic import rounded
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,14 @@ def split_template(rendered: str) -> tuple[str, str]:
     return before, after
 
 
-def load_tokenizer(path: str | None, card: dict[str, Any], url: str, api_key: str = "none") -> Tokenizer:
-    """The tokenizer at `path`, or the served model's own if its id or root is a local folder, or the server's route.
+def local_tokenizer(path: str | None, card: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer at `path`, or the served model's own if its id or root is a local folder, or None.
 
     Args:
         card: the model's entry in /v1/models.
 
     Raises:
-        LookupError: none of these.
+        LookupError: there is none at `path`.
     """
     places = [path] if path else [str(card[key]) for key in ("root", "id") if card.get(key)]
     for place in places:
@@ -97,6 +97,17 @@ def load_tokenizer(path: str | None, card: dict[str, Any], url: str, api_key: st
             except (OSError, ValueError) as error:
                 raise LookupError(f"no tokenizer at {place}: {error}") from error
             return tokenizer
+    return None
+
+
+def load_tokenizer(path: str | None, card: dict[str, Any], url: str, api_key: str = "none") -> Tokenizer:
+    """The local one, or else what the server's route says.
+
+    Raises:
+        LookupError: neither.
+    """
+    if local := local_tokenizer(path, card):
+        return local
     remote = RemoteTokenizer(url, str(card["id"]), api_key)
     remote("A route that isn't there is found out here.")
     return remote

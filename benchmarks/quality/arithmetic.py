@@ -102,3 +102,12 @@ def mean_and_worst(scores: Mapping[str, float]) -> tuple[float, str, float]:
         raise ValueError("no scores")
     worst = min(scores, key=scores.__getitem__)
     return statistics.fmean(scores.values()), worst, scores[worst]
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, however deep: what a file needs."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value

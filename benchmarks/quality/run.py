@@ -26,6 +26,7 @@ from typing import Any
 import openai
 from tqdm import tqdm
 
+from benchmarks.evaluation.tokens import local_tokenizer
 from benchmarks.quality import passkeys
 from benchmarks.quality.expect import UNCOMPRESSED, Policy, failures, parse_expectation, parse_policy
 from benchmarks.quality.passkeys import Passkey, Tokenizer, make_suite, needle_span
@@ -58,14 +59,9 @@ def connect(base_url: str, api_key: str, timeout: float, model: str | None) -> t
 
 def load_tokenizer(path: str | None, card: dict[str, Any]) -> Tokenizer:
     """The tokenizer at `path`, or the served model's own if its id or root is a local folder."""
-    from transformers import AutoTokenizer
-
-    places = [path] if path else [str(card[key]) for key in ("root", "id") if card.get(key)]
-    for place in places:
-        if path or Path(place).is_dir():
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place)
-            return tokenizer
-    raise LookupError(f"neither of {places} is a local folder: pass --tokenizer")
+    if tokenizer := local_tokenizer(path, card):
+        return tokenizer
+    raise LookupError(f"{card['id']} is not a local folder: pass --tokenizer")
 
 
 def problem(policy: Policy, case: Passkey, usage: dict[str, Any], slack: int) -> str | None:

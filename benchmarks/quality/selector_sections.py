@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.arithmetic import rounded
 from benchmarks.quality.selector_cases import (
     ANSWER_TOKENS,
     LEAST_TOKENS,
@@ -30,7 +31,6 @@ from benchmarks.quality.selector_cases import (
     open_prompts,
 )
 from benchmarks.quality.selector_engine import DENSE, PLAIN, Array, Cell, Driver
-from benchmarks.quality.summary import rounded
 
 NEEDLES, KL, AGREEMENT = "needles", "kl", "agreement"
 AGAIN = Cell(DENSE, "dense again", 0, {})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arithmetic import likelihood_score, mean_and_worst
+from benchmarks.quality.arithmetic import likelihood_score, mean_and_worst, rounded
 from benchmarks.quality.measure import KNOWN, NONE, UNKNOWN, Row
 
 SETTINGS = {KNOWN: "question known", UNKNOWN: "question unknown"}
@@ -78,15 +78,6 @@ def doubts(cells: Sequence[CellScore]) -> list[str]:
         for task, score in tasks.items()
         if score < ENOUGH
     ]
-
-
-def rounded(value: Any) -> Any:
-    """Floats to four digits, however deep: what a file needs."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def as_json(cells: Sequence[CellScore]) -> list[dict[str, Any]]:
