@@ -49,10 +49,9 @@ class Endpoint:
         self.model = str(self.card["id"])
         limit = self.card.get("max_model_len")
         self.max_model_len = int(limit) if limit else None
-        self.client = httpx.AsyncClient(
-            base_url=self.root, headers=self.headers, timeout=httpx.Timeout(timeout),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )  # fmt: skip
+        # Uvicorn closes connections that are idle for 5 seconds: one that is reused just then would fail.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1.0)
+        self.client = httpx.AsyncClient(base_url=self.root, headers=self.headers, timeout=timeout, limits=limits)
 
     def get(self, path: str) -> Any:
         """JSON of a GET, or None where there is no such route."""

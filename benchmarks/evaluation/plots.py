@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {"known": "question known", "unknown": "question unknown"}
 MARKERS = {DENSE: "*", POLICY: "o", SELECTOR: "s", PATTERN: "^", OTHER: "D"}
-PANELS = 24
+PANELS = 28
 """Heat maps in one picture at most."""
 
 
