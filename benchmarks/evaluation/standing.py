@@ -22,6 +22,7 @@ class Standing:
 
     Attributes:
         mean: over the compared tasks; None if one of them has no answer at all.
+        error: its standard error, by the samples' spread within each task; None with single samples.
         least: the lowest share of a task's dense score, and `least_task` which.
         failed: rows of the compared tasks that aren't in the figures.
         ttft, tpot: seconds, from the suite `speed`.
@@ -30,6 +31,7 @@ class Standing:
     variant: str
     length: int
     mean: float | None
+    error: float | None
     worst: float | None
     worst_task: str
     least: float | None
@@ -61,8 +63,10 @@ def standing(summary: Summary, suite: str, variant: str, length: int) -> Standin
     worst = min(scores, key=scores.__getitem__, default="")
     shares = {task: score / _dense(summary, suite, task, length) for task, score in scores.items()}
     least = min(shares, key=shares.__getitem__, default="")
+    errors = [cell.error for cell in own if cell.error is not None]
+    spread = sum(error**2 for error in errors) ** 0.5 / len(own) if errors and len(errors) == len(own) else None
     return Standing(
-        variant, length, statistics.fmean(scores.values()) if whole else None,
+        variant, length, statistics.fmean(scores.values()) if whole else None, spread if whole else None,
         scores.get(worst), worst, shares.get(least), least,
         mean(cell.kept for cell in own), mean(cell.bytes_held for cell in own), sum(cell.failed for cell in own),
         speed.measures.get("ttft") if speed else None, speed.measures.get("tpot") if speed else None,

@@ -21,6 +21,7 @@ class Cell:
 
     Attributes:
         statuses: how many rows have which; only `ok` ones are in the figures.
+        error: standard error of the score, over samples; None of a single one.
         kept: share of the prompt's tokens; None where the server doesn't tell.
         depths: score by depth, in percent.
         measures: means of what the suite measures beside the score; medians of seconds.
@@ -32,6 +33,7 @@ class Cell:
     length: int
     statuses: dict[str, int]
     score: float | None = None
+    error: float | None = None
     kept: float | None = None
     bytes_held: float | None = None
     depths: dict[str, float] = field(default_factory=dict)
@@ -90,6 +92,11 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean, from the sample's spread."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def make_cell(rows: Sequence[Row]) -> Cell:
     """Of rows of one place but for seed and index."""
     first, good = rows[0], [row for row in rows if row.status == OK]
@@ -102,9 +109,10 @@ def make_cell(rows: Sequence[Row]) -> Cell:
     for name in names:
         values = [row.measures[name] for row in good if name in row.measures]
         measures[name] = statistics.median(values) if name in ("ttft", "tpot") else statistics.fmean(values)
+    scores = [row.score for row in good if row.score is not None]
     return Cell(
         first.variant, first.suite, first.task, first.length, dict(Counter(row.status for row in rows)),
-        mean(row.score for row in good), mean(row.kept for row in good), mean(row.bytes_held for row in good),
+        mean(scores), standard_error(scores), mean(row.kept for row in good), mean(row.bytes_held for row in good),
         {depth: statistics.fmean(values) for depth, values in depths.items()}, measures,
     )  # fmt: skip
 

@@ -112,8 +112,8 @@ class Sweep(BaseModel):
             label, words = _words(entry, "policy")
             budgets: list[str | int | None] = [words["budget"]] if "budget" in words else list(self.budgets)
             budgets = budgets if words["policy"] != "duoattention" else [None]
-            for budget in budgets:
-                for question in self.questions:
+            for question in self.questions:
+                for budget in budgets:
                     own = {**words} if budget is None else {**words, "budget": budget}
                     at = "" if budget is None else f" {budget}"
                     hidden = "" if question == KNOWN else ", question unknown"

@@ -78,7 +78,7 @@ def standing_table(summary: Summary, suite: str, length: int) -> str:
     lines = []
     for each in found:
         line = [each.variant + ("" if not each.failed else f" ({each.failed} failed)"), _kept(each)]
-        line += [number(each.bytes_held / 2**20 if each.bytes_held else None, 0), percent(each.mean)]
+        line += [number(each.bytes_held / 2**20 if each.bytes_held else None, 0), _mean(each)]
         line.append(f"{percent(each.worst)} {each.worst_task}" if each.worst is not None else "-")
         line += [percent(_score(summary.of(name, each.variant, length))) for name in others]
         if has["perplexity"]:
@@ -90,6 +90,10 @@ def standing_table(summary: Summary, suite: str, length: int) -> str:
             line += [number(value * 1e3 if value else None, 1) for value in (each.ttft, each.tpot)]
         lines.append(line)
     return grid(head, lines)
+
+
+def _mean(each: Standing) -> str:
+    return percent(each.mean) + ("" if each.error is None else f" ± {100 * each.error:.0f}")
 
 
 def _kept(each: Standing) -> str:

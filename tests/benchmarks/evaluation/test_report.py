@@ -75,6 +75,14 @@ def test_tasks_that_the_dense_model_cannot_do_are_left_out_by_rule() -> None:
     assert "Left out, since the dense model scores under 30%: cwe." in tables.left_out(summary, "ruler", 2048)
 
 
+def test_errors_of_means_follow_the_samples_spread() -> None:
+    split = [Row("ruler", "vt", 2048, 0, i, "tova 50%", "ok", score) for i, score in enumerate((0.4, 0.8))]
+    split += [row for row in rows("tova 50%") if row.task != "vt"]
+    own = standing(run_of(*split, without=("tova 50%",)), "ruler", "tova 50%", 2048)
+    # The spread of 0.4 and 0.8 is 0.28, their mean's error 0.2; the other task has none; two tasks.
+    assert own is not None and own.mean == pytest.approx(0.8) and own.error == pytest.approx(0.1)
+
+
 def test_failed_requests_are_counted_and_not_rated() -> None:
     bad = Row("ruler", "vt", 2048, 0, 2, "tova 50%", "timeout", error="no answer in 60 s")
     summary = run_of(bad)

@@ -31,7 +31,7 @@ def test_a_sweep_becomes_variants() -> None:
         variants=[{"name": "both", "fields": {"kv_cache": {"policy": "tova"}, "top_k": 1}}],
     ).dense_and_others(NEUTRAL)  # fmt: skip
     assert [variant.name for variant in variants] == [
-        "dense", "snapkv 50%", "snapkv 50%, question unknown", "snapkv 12.5%", "snapkv 12.5%, question unknown",
+        "dense", "snapkv 50%", "snapkv 12.5%", "snapkv 50%, question unknown", "snapkv 12.5%, question unknown",
         "adakv,floor=0.1 512", "adakv,floor=0.1 512, question unknown", "duoattention",
         "duoattention, question unknown", "quest 512", "local", "streaming", "flexprefill,gamma=0.9", "both",
     ]  # fmt: skip
