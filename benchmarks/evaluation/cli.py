@@ -141,10 +141,11 @@ def identity(
     sweep: Sweep, endpoint: Endpoint, prompter: Prompter, haystack: Haystack, variants: Sequence[Variant]
 ) -> dict[str, Any]:
     """What all rows of a folder have in common."""
-    own = {
-        f"suite {name}": suite.model_dump(mode="json", exclude={"lengths", "samples", "tasks"})
-        for name, suite in sweep.suites.items()
-    }
+    own = {}
+    for name, suite in sweep.suites.items():
+        chosen = suite.model_dump(exclude={"lengths", "samples", "tasks"})
+        # Whose folder it is on is nobody's business.
+        own[f"suite {name}"] = {key: value.name if isinstance(value, Path) else value for key, value in chosen.items()}
     return {
         "model": endpoint.model, "tokenizer": prompter.fingerprint(), "haystack": haystack.digest, **own,
         "variants": {

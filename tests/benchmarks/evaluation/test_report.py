@@ -177,3 +177,13 @@ def test_the_documentation_is_written_from_a_summary(tmp_path: Path) -> None:
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
     assert len(links) == 3 and all((tmp_path / "docs" / link).exists() for link in links)
     assert told.count("\n") == 3 and "longreach eval run x.yaml" in page and "Which one: ruler" in page
+
+
+def test_the_committed_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
+    """When this fails: `longreach eval docs benchmarks/results/...` with the summaries that the page names."""
+    root = Path(__file__).resolve().parents[3]
+    page = (root / "docs" / "quality.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([\w.-]+\.json)`", page)
+    write_docs([root / "benchmarks" / "results" / name for name in names], tmp_path / "quality.md", tmp_path / "images")
+    assert names and (tmp_path / "quality.md").read_text(encoding="utf-8") == page
+    assert all((root / "docs" / "images" / picture.name).exists() for picture in (tmp_path / "images").iterdir())
