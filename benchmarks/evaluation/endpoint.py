@@ -10,7 +10,14 @@ from typing import Any
 import httpx
 
 from benchmarks.evaluation.suite import Reply
+from benchmarks.evaluation.variants import NAMES, NEUTRAL
 
+ROUTES = {
+    "kv_cache": "/v1/kv/policies",
+    "decode_attention": "/v1/decode/selectors",
+    "prefill_attention": "/v1/prefill/patterns",
+}
+"""Where a Longreach server lists the methods of a request field: it is there if the server knows the field."""
 LEAST_TIMEOUT = 60.0
 """Seconds. Clients' defaults of 30 turn slow prompts into failures."""
 
@@ -76,12 +83,7 @@ class Endpoint:
 
     def neutral_fields(self) -> dict[str, Any]:
         """What a dense request has to say here, so that a server's own defaults don't compress it."""
-        fields: dict[str, Any] = {}
-        if self.get("/v1/kv/policies"):
-            fields["kv_cache"] = {"policy": "none"}
-        if self.get("/v1/decode/selectors"):
-            fields["decode_attention"] = {"selector": "dense"}
-        return fields
+        return {name: {NAMES[name]: NEUTRAL[name]} for name, route in ROUTES.items() if self.get(route)}
 
     def alive(self) -> bool:
         return self.get("/v1/models") is not None

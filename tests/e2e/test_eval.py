@@ -18,8 +18,8 @@ def test_a_small_sweep(server: Server, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(yaml.safe_dump({
         "suites": {
-            "needle": {"lengths": [900], "depths": 2, "samples": 1},
-            "perplexity": {"lengths": [900], "samples": 1, "continuation": 32},
+            "needle": {"lengths": [700], "depths": 1, "samples": 1},
+            "perplexity": {"lengths": [700], "samples": 1, "continuation": 32},
             "agreement": {"lengths": [600], "samples": 1, "answer": 8},
             "speed": {"lengths": [400], "samples": 1, "answer": 4},
         },
