@@ -1,6 +1,7 @@
 """`longreach eval`: what compression and sparsity lose on your model, over HTTP.
 
-  run [SWEEP.yaml] --out DIR     ask, rate, store; started again, it goes on where it was
+  run [SWEEP.yaml] --out DIR [-- flags of `longreach serve`]
+                                 ask, rate, store; started again, it goes on where it was
   report DIR...                  report.html, report.md and summary.json from what is stored
   docs SUMMARY.json...           docs/quality.md and its pictures
 
@@ -42,7 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", formatter_class=raw, help="ask, rate and store",
         description="Run suites with variants against an endpoint. Without --url a server is started and stopped "
-        "again; flags not listed here go to `longreach serve`.",
+        "again; flags behind ` -- ` go to `longreach serve`.",
     )  # fmt: skip
     add = run.add_argument
     add("sweep", nargs="?", type=Path, metavar="SWEEP.yaml", help="settings (docs/evaluation.md); flags override it")
@@ -222,9 +223,10 @@ def redacted(args: argparse.Namespace, argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = arguments()
-    args, flags = parser.parse_known_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_args(argv[:end]), argv[end + 1 :]
     if flags and (args.command != "run" or args.url):
-        parser.error(f"unknown arguments: {' '.join(flags)}")
+        parser.error(f"flags of a server that isn't started here: {' '.join(flags)}")
     try:
         if args.command == "run":
             return run(args, flags, argv)

@@ -120,8 +120,11 @@ def test_wrong_arguments_are_one_line(
 
 
 def test_flags_of_a_server_go_with_a_server_that_is_started(known: Fake, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--out", str(tmp_path), "--url", known.url, "--suites", "needle", "--max-num-seqs", "4"])
+    asked = ["run", "--out", str(tmp_path), "--url", known.url, "--suites", "needle"]
+    for flags in (["--max-num-seqs", "4"], ["--", "--max-num-seqs", "4"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*asked, *flags])
+        assert end.value.code == 2
 
 
 def test_a_server_is_started_and_stopped(known: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +141,8 @@ def test_a_server_is_started_and_stopped(known: Fake, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("benchmarks.serving.running_server", running_server)
     file = sweep_file(tmp_path, serve=["--max-num-seqs", 8], policies=[])
-    assert cli.main(["run", file, "--out", str(tmp_path / "o"), "--model", "/models/a", "--dtype", "float32"]) == 0
+    assert (
+        cli.main(["run", file, "--out", str(tmp_path / "o"), "--model", "/models/a", "--", "--dtype", "float32"]) == 0
+    )
     flags = ("/models/a", "--max-num-seqs", "8", "--dtype", "float32")
     assert started == [("server.log", flags), "stopped"]
