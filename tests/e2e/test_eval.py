@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from benchmarks.evaluation.cli import main
 from benchmarks.evaluation.store import read
+from benchmarks.evaluation.tokens import Prompter, RemoteTokenizer, load_tokenizer
 from benchmarks.serving import Server
 
 pytestmark = pytest.mark.e2e
@@ -43,3 +45,11 @@ def test_a_small_sweep(server: Server, tmp_path: Path) -> None:
     assert (rows["speed", 0, known].ttft or 0) > 0
     assert (out / "report.html").exists()
     server.wait_until_empty()
+
+
+def test_the_servers_own_tokenizer_makes_the_same_prompts(server: Server) -> None:
+    card = json.loads(server.get("/v1/models"))["data"][0]
+    local = load_tokenizer(None, card, server.url)
+    remote = RemoteTokenizer(server.url, card["id"])
+    assert not isinstance(local, RemoteTokenizer)
+    assert Prompter(remote).fingerprint() == Prompter(local).fingerprint()
