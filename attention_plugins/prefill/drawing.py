@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from attention_plugins.prefill.base import Chunk, Plan
 from attention_plugins.prefill.grid import ROWS
+from attention_plugins.prefill.reach import near_units
 
 
 def block_plan(chunk: Chunk, chosen: torch.Tensor, block: int) -> Plan:
@@ -30,6 +31,17 @@ def token_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor) 
     """The plan of single columns and diagonals: bool [heads, k_len], diagonals by distance back to the key."""
     grid = chunk.grid
     return Plan.forced(grid.from_tokens(columns)[:, None] | grid.from_diagonals(diagonals), grid)
+
+
+def group_plan(chunk: Chunk, chosen: torch.Tensor, span: int) -> Plan:
+    """The plan of units that groups of blocks share (see `attention_plugins.prefill.reach`), and of near ones.
+
+    Args:
+        chosen: bool [heads, groups, k_units].
+    """
+    grid = chunk.grid
+    group = grid.first_rows // span - grid.offset // span
+    return Plan.forced(chosen[:, group] | near_units(grid, span), grid)
 
 
 def along(chunk: Chunk, chosen: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan, gather
+from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
 from attention_plugins.prefill.grid import ROWS
 
 CHUNK, MIDDLE = 256, 32
@@ -52,7 +52,6 @@ class HiP(Pattern):
     def plan(self, chunk: Chunk) -> Plan:
         grid = chunk.grid
         heads = 1 if self.args.share_heads else chunk.num_kv_heads
-        search = Search(chunk, self.args.q_stride, self.args.share_heads)
         starts = torch.arange(0, grid.k_len, CHUNK, device=grid.device).expand(heads, grid.q_blocks, -1)
         # Chunks reach into the window at most: it is no shorter than a chunk.
         valid = (starts + CHUNK > self.args.sinks) & (starts < grid.first_rows[:, None] - self.args.window)
@@ -61,7 +60,7 @@ class HiP(Pattern):
         for size, tokens in self.stages(grid.unit):
             parts = torch.arange(0, before, size, device=grid.device)
             starts, valid = (starts[..., None] + parts).flatten(2), valid.repeat_interleave(len(parts), -1)
-            scores = search.best(starts, size)
+            scores = chunk.ops.best_of_chunks(chunk, starts, size, self.args.q_stride, self.args.share_heads)
             unknown |= (scores.isnan() & valid).any(-1, keepdim=True)
             scores = scores.nan_to_num(nan=float("inf")).masked_fill(~valid, float("-inf"))
             kept = scores.sort(dim=-1, descending=True, stable=True).indices[..., : max(1, tokens // size)]
@@ -76,32 +75,3 @@ class HiP(Pattern):
         """Sizes of the chunks that are searched, and how many tokens they keep."""
         middle = [(MIDDLE, self.args.second_tokens)] if unit < MIDDLE else []
         return [(CHUNK, self.args.first_tokens), *middle, (unit, self.args.tokens)]
-
-
-class Search:
-    """Scores tokens for each block of queries."""
-
-    def __init__(self, chunk: Chunk, stride: int, share_heads: bool) -> None:
-        self.chunk, self.share_heads = chunk, share_heads
-        blocks = torch.arange(0, chunk.q_len, ROWS, device=chunk.queries.device)[:, None]
-        rows = blocks + torch.arange(0, ROWS, stride, device=chunk.queries.device)
-        queries = chunk.queries[rows.clamp(max=chunk.q_len - 1)] * chunk.scale
-        # [num_kv_heads, q_blocks, rows of all heads of the group, d]
-        self.queries = queries.unflatten(2, (chunk.num_kv_heads, -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)
-
-    def score(self, positions: torch.Tensor) -> torch.Tensor:
-        """Largest product of each token: int64 [heads, q_blocks, m] -> float32, the same shape."""
-        at = positions.clamp(max=self.chunk.k_len - 1).expand(self.chunk.num_kv_heads, -1, -1)
-        keys = gather(self.chunk.keys, at)
-        scores = (self.queries.to(keys.dtype) @ keys.transpose(2, 3)).amax(2).float()
-        return scores.amax(0, keepdim=True) if self.share_heads else scores
-
-    def best(self, starts: torch.Tensor, size: int) -> torch.Tensor:
-        """Score of the token that a binary search ends at, in chunks of `size` tokens: float32, like `starts`."""
-        scores = self.score(starts) if size == 1 else torch.empty(0)
-        while size > 1:
-            size //= 2
-            left, right = self.score(torch.cat([starts + size // 2, starts + size + size // 2], -1)).chunk(2, -1)
-            starts = torch.where(right > left, starts + size, starts)
-            scores = torch.maximum(left, right)
-        return scores

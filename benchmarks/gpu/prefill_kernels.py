@@ -191,7 +191,7 @@ def near_tenth(case: Case, name: str) -> Pattern:
     if name == "anchor":
         pattern = make_pattern(words)
         assert isinstance(pattern, Anchor)
-        slack = pattern.slack(case.chunk)[..., : (case.chunk.offset - ROWS) // PAGE].amax(1).flatten()[:65536]
+        slack = pattern.slack(case.chunk)[..., : (case.chunk.offset - ROWS) // PAGE].flatten()[:65536]
         words["theta"] = -float(slack.quantile(0.95))
     found = make_pattern(words)
     assert found is not None
@@ -238,6 +238,7 @@ def parts(context: int) -> None:
     rows = torch.arange(CHUNK - ROWS, CHUNK, device="cuda")
     blocks = torch.rand(HEADS, grid.q_blocks, grid.k_blocks(ROWS), device="cuda") < 0.05
     tokens = torch.rand(HEADS, context, device="cuda") < 0.001
+    anchors = ops.near_maxima(chunk, 2048)
     own = torch.zeros(grid.q_blocks, grid.k_blocks(ROWS), dtype=torch.bool, device="cuda")
     work: dict[str, Callable[[], object]] = {
         "denominators of 128 rows": lambda: ops.rows.denominators(chunk, rows),
@@ -255,6 +256,8 @@ def parts(context: int) -> None:
         "cover": lambda: ops.cover(masses, 0.9, own),
         "block_plan": lambda: ops.block_plan(chunk, blocks, ROWS),
         "block_stripes": lambda: ops.block_stripes(chunk, blocks[:, 0], blocks[:, 1], blocks),
+        "near_maxima": lambda: ops.near_maxima(chunk, 2048),
+        "group_slack": lambda: ops.group_slack(chunk, anchors, 2048),
         "token_stripes": lambda: ops.token_stripes(chunk, tokens, tokens),
     }
     for what, one in work.items():
@@ -312,6 +315,7 @@ def check() -> None:
             "column_sums": lambda module, one, rows=rows: module.column_sums(one, rows),  # type: ignore[misc]
             "pooled_keys": lambda module, one: module.pooled_keys(one, ROWS),
             "pooled_queries": lambda module, one: module.pooled_queries(one),
+            "near_maxima": lambda module, one: module.near_maxima(one, 2048),
             "antidiagonal_masses 8": lambda module, one: module.antidiagonal_masses(one, 8),
             "antidiagonal_masses 16": lambda module, one: module.antidiagonal_masses(one, 16),
         }

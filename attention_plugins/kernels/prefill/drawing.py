@@ -11,12 +11,14 @@ from attention_plugins.prefill.grid import ROWS
 
 _UNITS = 1024
 _VARYING = ["mask_head", "q_blocks", "q_len", "k_len", "k_units", "blocks_head", "k_blocks", "counts_head"]
+_VARYING += ["groups", "span"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _draw(
     mask, q_blocks, q_len, k_len, k_units,
     blocks, blocks_head, k_blocks, columns, columns_head, diagonals, diagonals_head, counts, counts_head,
+    shared, groups, span,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(1), tl.program_id(2)
@@ -43,6 +45,11 @@ def _draw(
         there = far // ROWS < (k_len + ROWS - 1) // ROWS
         found = found | (tl.load(line + far // ROWS, mask=visible & there, other=0) != 0)
         found = found | (tl.load(line + near // ROWS, mask=visible & (near >= 0), other=0) != 0)
+    if shared is not None:
+        group = first_row // span - (k_len - q_len) // span
+        line = shared + (head.to(tl.int64) * groups + group) * k_units
+        found = found | (start + UNIT > first_row // span * span)
+        found = found | (tl.load(line + unit, mask=visible, other=0) != 0)
     if counts is not None:
         line = counts + head.to(tl.int64) * counts_head
         upto = tl.minimum(tl.maximum(last_row - start + 1, 0), k_len)
@@ -68,6 +75,8 @@ def draw(
     column: int = ROWS,
     diagonals: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    shared: torch.Tensor | None = None,
+    span: int = ROWS,
 ) -> Plan:
     """All that is given, together.
 
@@ -77,15 +86,20 @@ def draw(
         columns: bool [heads or 1, k_blocks(column)], `column` is no smaller than a unit.
         diagonals: bool [heads or 1, k_blocks(128)].
         counts: int32 [heads or 1, k_len], of chosen distances up to each.
+        shared: bool [heads, groups, k_units], of groups of `span` tokens; units from a group's start on are drawn too.
     """
     grid = chunk.grid
     mask = torch.empty(heads, grid.q_blocks, grid.k_units, dtype=torch.uint8, device=chunk.queries.device)
-    given = [None if flags is None else flags.contiguous().view(torch.uint8) for flags in (blocks, columns, diagonals)]
+    given = [
+        None if flags is None else flags.contiguous().view(torch.uint8)
+        for flags in (blocks, columns, diagonals, shared)
+    ]
     strides = [0 if flags is None else _head_stride(flags) for flags in given]
     _draw[(triton.cdiv(grid.k_units, _UNITS), grid.q_blocks, heads)](
         mask, grid.q_blocks, grid.q_len, grid.k_len, grid.k_units,
         given[0], strides[0], grid.k_blocks(block), given[1], strides[1], given[2], strides[2],
         counts, 0 if counts is None else _head_stride(counts),
+        given[3], 0 if shared is None else shared.shape[1], span,
         UNIT=grid.unit, ROWS=ROWS, BLOCK=block, COLUMN=column, UNITS=_UNITS, num_warps=4,
     )  # fmt: skip
     return Plan(mask.view(torch.bool), grid)
@@ -99,6 +113,11 @@ def block_plan(chunk: Chunk, chosen: torch.Tensor, block: int) -> Plan:
 def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor) -> Plan:
     """See `attention_plugins.prefill.drawing.block_stripes`."""
     return draw(chunk, len(columns), blocks=blocks, columns=columns, diagonals=diagonals)
+
+
+def group_plan(chunk: Chunk, chosen: torch.Tensor, span: int) -> Plan:
+    """See `attention_plugins.prefill.drawing.group_plan`."""
+    return draw(chunk, len(chosen), shared=chosen, span=span)
 
 
 def token_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor) -> Plan:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_plugins.prefill.anchor import Anchor, groups
+from attention_plugins.prefill.anchor import Anchor
 from attention_plugins.prefill.attention import merge, sparse_attention
 from attention_plugins.prefill.base import Plan
+from attention_plugins.prefill.reach import groups, near_units
 from tests.attention_plugins.prefill.prompts import DIM, NUM_HEADS, make, make_prompt
 
 
@@ -43,7 +44,7 @@ def test_phases_merge_to_one_pass() -> None:
     chunk, pattern = prompt.chunk(), make("anchor")
     assert isinstance(pattern, Anchor)
     plan = pattern.plan(chunk)
-    near = Plan.forced(pattern.near(chunk.grid), chunk.grid, NUM_HEADS)
+    near = Plan.forced(near_units(chunk.grid, pattern.span), chunk.grid, NUM_HEADS)
     stripes = Plan(plan.mask & ~near.mask, chunk.grid)
     assert stripes.mask.sum() > 0 and (near.mask <= plan.mask).all()
     out, lse = merge([sparse_attention(chunk, prompt.values, part) for part in (near, stripes)])
@@ -56,7 +57,9 @@ def test_nothing_within_reach() -> None:
     chunk = make_prompt().chunk()
     pattern = make("anchor", theta=float("-inf"))
     assert isinstance(pattern, Anchor)
-    assert torch.equal(pattern.plan(chunk).mask, Plan.forced(pattern.near(chunk.grid), chunk.grid, NUM_HEADS).mask)
+    assert torch.equal(
+        pattern.plan(chunk).mask, Plan.forced(near_units(chunk.grid, pattern.span), chunk.grid, NUM_HEADS).mask
+    )
 
 
 def test_chunks_of_whole_groups_change_nothing() -> None:
@@ -65,4 +68,4 @@ def test_chunks_of_whole_groups_change_nothing() -> None:
     for chunk, _ in prompt.chunks([0, 256, 768]):
         mask, first = pattern.plan(chunk).mask, chunk.offset // 128
         assert torch.equal(mask, whole[:, first : first + mask.shape[1], : mask.shape[2]])
-    assert groups(prompt.chunk(384).grid, 2) == [(0, 1), (1, 3), (3, 5), (5, 6)]
+    assert groups(prompt.chunk(384).grid, 256) == [(0, 1), (1, 3), (3, 5), (5, 6)]

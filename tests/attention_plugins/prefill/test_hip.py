@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attention_plugins.prefill.hip import HiP, Search
+from attention_plugins.prefill.hip import HiP
+from attention_plugins.prefill.search import Search
 from tests.attention_plugins.prefill.prompts import DIM, NUM_HEADS, NUM_KV_HEADS, Prompt, make, make_prompt
 
 SIDES = 256, 32, 16, 8, 1
