@@ -55,6 +55,25 @@ def next_digit(histogram, k):
 
 
 @triton.jit
+def narrow(histograms, states, source, k, DIGITS: tl.constexpr):
+    """The first digits of the k-th highest key, and which of the keys that have them it is, after so many passes. The
+    last digit is found here, in every program alike, and noted for the next pass by the first one of axis 2.
+
+    histograms: int32 [sources, 4, 256]; states: int32 [sources, 5, 2]."""
+    prefix = 0
+    if DIGITS > 1:
+        prefix = tl.load(states + source * 10 + 2 * DIGITS - 2)
+        k = tl.load(states + source * 10 + 2 * DIGITS - 1)
+    if DIGITS > 0:
+        digit, k = next_digit(histograms + source * 1024 + (DIGITS - 1) * 256, k)
+        prefix = (prefix << 8) | digit
+        if tl.program_id(2) == 0:
+            tl.store(states + source * 10 + 2 * DIGITS, prefix)
+            tl.store(states + source * 10 + 2 * DIGITS + 1, k)
+    return prefix, k
+
+
+@triton.jit
 def count_digits(keys, there):
     """How many keys have each digit: [n] with digits 0 ... 255, n a power of two -> int32 [256]."""
     counts = tl.histogram(tl.where(there, keys, 0), 256)

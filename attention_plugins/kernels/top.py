@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from attention_plugins.kernels.radix import count_digits, next_digit, ordered, ranks, threshold_in_registers
+from attention_plugins.kernels.radix import count_digits, narrow, ordered, ranks, threshold_in_registers
 from attention_plugins.kernels.tables import (
     VARYING,
     most_tokens,
@@ -113,23 +113,6 @@ def _chunk(scores, scores_stride, head, start, candidates, N: tl.constexpr):
     return place, there, ordered(given)
 
 
-@triton.jit
-def _narrow(histograms, states, source, k, DIGITS: tl.constexpr):
-    """The first digits of the k-th highest key, and which of the keys that have them it is, after so many passes. The
-    last digit is found here, in every program alike, and noted for the next pass by the first one."""
-    prefix = 0
-    if DIGITS > 1:
-        prefix = tl.load(states + source * 10 + 2 * DIGITS - 2)
-        k = tl.load(states + source * 10 + 2 * DIGITS - 1)
-    if DIGITS > 0:
-        digit, k = next_digit(histograms + source * 1024 + (DIGITS - 1) * 256, k)
-        prefix = (prefix << 8) | digit
-        if tl.program_id(2) == 0:
-            tl.store(states + source * 10 + 2 * DIGITS, prefix)
-            tl.store(states + source * 10 + 2 * DIGITS + 1, k)
-    return prefix, k
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _count_digit(
     table, layer, modes, want, tokens, starts, into, scores, scores_stride, histograms, states, width,
@@ -145,7 +128,7 @@ def _count_digit(
         return
     source = (request * HEADS + head).to(tl.int64)
     _, there, keys = _chunk(scores, scores_stride, head, start, candidates, N)
-    prefix, _ = _narrow(histograms, states, source, k, PASS)
+    prefix, _ = narrow(histograms, states, source, k, PASS)
     if PASS > 0:
         there = there & ((keys >> (32 - 8 * PASS)).to(tl.int32) == prefix)
         if tl.sum(there.to(tl.int32), 0) == 0:
@@ -170,7 +153,7 @@ def _count_chosen(
         return
     source = (request * HEADS + head).to(tl.int64)
     _, there, keys = _chunk(scores, scores_stride, head, start, candidates, N)
-    prefix, _ = _narrow(histograms, states, source, k, 4)
+    prefix, _ = narrow(histograms, states, source, k, 4)
     threshold = prefix.to(tl.uint32, bitcast=True)
     at = found + (source * tl.num_programs(2) + chunk) * 2
     tl.store(at, tl.sum((there & (keys > threshold)).to(tl.int32), 0))

@@ -87,7 +87,9 @@ def vertical_slash(chunk: Chunk, columns: torch.Tensor | int, diagonals: torch.T
     """
     sums = chunk.ops.last_row_sums(chunk, LAST)
     sums[..., :FORCED] = float("inf")
-    return chunk.ops.token_stripes(chunk, chunk.ops.top(sums[0], columns), chunk.ops.top(sums[1], diagonals))
+    counts = torch.empty(2, chunk.num_heads, 1, dtype=torch.int64, device=sums.device)
+    counts[0], counts[1] = columns, diagonals
+    return chunk.ops.token_stripes(chunk, *chunk.ops.top(sums, counts))
 
 
 def a_shape(chunk: Chunk, sinks: torch.Tensor, window: torch.Tensor) -> Plan:

@@ -1,4 +1,4 @@
-"""`attention_plugins.prefill.choose` without sorting: thresholds are searched for, two bits or a digit at a time.
+"""`attention_plugins.prefill.choose` without sorting: thresholds are searched for, two bits at a time.
 
 Scores become integers of the same order. What a sort would add up one by one is added up all at once here, so sums
 differ by rounding.
@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_plugins.kernels.radix import count_digits
 from attention_plugins.prefill.choose import ROUNDING
 
 _LONG = 8192
-_VARYING = ["n", "stride", "given", "count_stride"]
+_VARYING = ["n", "stride"]
 
 
 @triton.jit
@@ -97,70 +96,9 @@ def _count_to_reach(mass, counts, n, limit, N: tl.constexpr):
     tl.store(counts + row, found.to(tl.int64))
 
 
-@triton.jit
-def _ordered(scores):
-    """float32 -> uint32 of the same order; zeros are one number, NaN is the largest."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, ~bits, bits | -2147483648)
-    return tl.where(scores != scores, -1, bits).to(tl.uint32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _top(scores, stride, counts, count_stride, given, chosen, n, N: tl.constexpr):
-    """Four looks at a row for the digits of the k-th highest number, and one to write."""
-    row = tl.program_id(0)
-    line = scores + row.to(tl.int64) * stride
-    asked = tl.full([], 0, tl.int64) + given
-    if counts is not None:
-        asked = tl.load(counts + row * count_stride)
-    k = tl.minimum(tl.maximum(asked, 0), n).to(tl.int32)
-    left, prefix = tl.maximum(k, 1), tl.full([], 0, tl.uint32)
-    digit = tl.arange(0, 256)
-    for number in tl.static_range(4):
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, n, N):
-            place = start + tl.arange(0, N)
-            there = place < n
-            keys = _ordered(tl.load(line + place, mask=there, other=0.0))
-            if number > 0:
-                there = there & ((keys >> (32 - 8 * number)) == prefix)
-            histogram += count_digits(((keys >> (24 - 8 * number)) & 255).to(tl.int32), there)
-        higher = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
-        its = (higher < left) & (higher + histogram >= left)
-        left -= tl.sum(tl.where(its, higher, 0), 0)
-        prefix = (prefix << 8) | tl.sum(tl.where(its, digit, 0), 0).to(tl.uint32)
-    left = tl.where(k > 0, left, 0)
-    equals = 0
-    for start in range(0, n, N):
-        place = start + tl.arange(0, N)
-        there = place < n
-        value = tl.load(line + place, mask=there, other=0.0)
-        keys = _ordered(value)
-        equal = (there & (keys == prefix)).to(tl.int32)
-        ordinal = equals + tl.cumsum(equal, 0)
-        wanted = ((keys > prefix) & (k > 0)) | ((equal != 0) & (ordinal <= left)) | (value != value)
-        equals += tl.sum(equal, 0)
-        tl.store(chosen + row.to(tl.int64) * n + place, wanted.to(tl.uint8), mask=there)
-
-
-def _block(n: int, most: int) -> dict[str, int]:
+def block(n: int, most: int) -> dict[str, int]:
     size = max(128, min(most, triton.next_power_of_2(n)))
     return {"N": size, "num_warps": max(1, min(32, size // 256))}
-
-
-def top(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """See `attention_plugins.prefill.choose.top`."""
-    n = scores.shape[-1]
-    rows = scores.float().flatten(0, -2)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    counts, stride, given = None, 0, 0
-    if isinstance(count, torch.Tensor):
-        counts, stride = count.expand(*scores.shape[:-1], 1).contiguous(), 1
-    else:
-        given = count
-    chosen = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
-    _top[(len(rows),)](rows, rows.stride(0), counts, stride, given, chosen, n, **_block(n, _LONG))
-    return chosen.view(torch.bool)
 
 
 def cover(mass: torch.Tensor, share: float, first: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,7 +117,7 @@ def cover(mass: torch.Tensor, share: float, first: torch.Tensor | None = None) -
         forced, rows = first.contiguous().view(torch.uint8), first.shape[0] if first.dim() > 1 else 1
     chosen = torch.empty(mass.shape, dtype=torch.uint8, device=mass.device)
     _cover[(mass.numel() // n,)](
-        mass, n, forced, n, rows, share - ROUNDING, chosen, n, **_block(n, triton.next_power_of_2(n))
+        mass, n, forced, n, rows, share - ROUNDING, chosen, n, **block(n, triton.next_power_of_2(n))
     )
     return chosen.view(torch.bool)
 
@@ -190,5 +128,5 @@ def count_to_reach(mass: torch.Tensor, share: float) -> torch.Tensor:
     counts = torch.empty(*mass.shape[:-1], 1, dtype=torch.int64, device=mass.device)
     if share >= 1:
         return counts.fill_(n)
-    _count_to_reach[(counts.numel(),)](mass, counts, n, share + ROUNDING, **_block(n, _LONG))
+    _count_to_reach[(counts.numel(),)](mass, counts, n, share + ROUNDING, **block(n, _LONG))
     return counts
