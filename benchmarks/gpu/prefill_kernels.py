@@ -239,6 +239,7 @@ def parts(context: int) -> None:
     blocks = torch.rand(HEADS, grid.q_blocks, grid.k_blocks(ROWS), device="cuda") < 0.05
     tokens = torch.rand(HEADS, context, device="cuda") < 0.001
     anchors = ops.near_maxima(chunk, 2048)
+    starts = torch.randint(context // 32, (1, grid.q_blocks, 1024), device="cuda") * 32
     own = torch.zeros(grid.q_blocks, grid.k_blocks(ROWS), dtype=torch.bool, device="cuda")
     work: dict[str, Callable[[], object]] = {
         "denominators of 128 rows": lambda: ops.rows.denominators(chunk, rows),
@@ -246,7 +247,7 @@ def parts(context: int) -> None:
         "last_row_sums of 64": lambda: ops.last_row_sums(chunk, 64),
         "column_sums of 128": lambda: ops.column_sums(chunk, rows),
         "count_to_reach of 64 x context": lambda: ops.count_to_reach(sums, 0.9),
-        "top of 32 x context": lambda: ops.top(sums[0], 1000),
+        "top of 64 x context": lambda: ops.top(sums, 1000),
         "top of 64 x blocks": lambda: ops.top(sums[..., : grid.k_blocks(ROWS)], 30),
         "pooled_keys": lambda: ops.pooled_keys(chunk, ROWS),
         "pooled_queries": lambda: ops.pooled_queries(chunk),
@@ -256,6 +257,7 @@ def parts(context: int) -> None:
         "cover": lambda: ops.cover(masses, 0.9, own),
         "block_plan": lambda: ops.block_plan(chunk, blocks, ROWS),
         "block_stripes": lambda: ops.block_stripes(chunk, blocks[:, 0], blocks[:, 1], blocks),
+        "best_of_chunks, 1024 of 32": lambda: ops.best_of_chunks(chunk, starts, 32, 4, True),
         "near_maxima": lambda: ops.near_maxima(chunk, 2048),
         "group_slack": lambda: ops.group_slack(chunk, anchors, 2048),
         "token_stripes": lambda: ops.token_stripes(chunk, tokens, tokens),
@@ -273,6 +275,8 @@ def tune(context: int) -> None:
     """Other sizes of the kernels that take longest."""
     chunk = Case(context).chunk
     rows = torch.arange(CHUNK - ROWS, CHUNK, device="cuda")
+    anchors = ops.near_maxima(chunk, 2048)
+    starts = torch.randint(context // 32, (1, chunk.grid.q_blocks, 1024), device="cuda") * 32
     tries: list[tuple[str, dict[str, Any], Callable[[], object], list[dict[str, Any]]]] = [
         ("denominators", ops.rows.DENOMINATORS, lambda: ops.rows.denominators(chunk, rows), [
             {"ROWS": m, "KEYS": n, "num_warps": warps, "num_stages": stages}
@@ -282,6 +286,18 @@ def tune(context: int) -> None:
         ("last_row_sums", ops.rows.STRIPES, lambda: ops.last_row_sums(chunk, ROWS), [
             {"MEMBERS": members, "num_warps": warps, "num_stages": stages}
             for members, warps in ((2, 4), (4, 4), (4, 8)) for stages in (2, 3, 4)
+        ]),
+        ("near_maxima", ops.reach.MAXIMA, lambda: ops.near_maxima(chunk, 2048), [
+            {"KEYS": keys, "num_warps": warps, "num_stages": stages}
+            for keys, warps in ((64, 4), (64, 8), (128, 8)) for stages in (2, 3)
+        ]),
+        ("group_slack", ops.reach.SLACK, lambda: ops.group_slack(chunk, anchors, 2048), [
+            {"KEYS": keys, "BLOCKS": blocks, "num_warps": warps, "num_stages": stages}
+            for keys, blocks, warps in ((64, 16, 4), (128, 16, 4), (128, 16, 8), (128, 32, 8)) for stages in (2, 3)
+        ]),
+        ("best_of_chunks", ops.search.SEARCH, lambda: ops.best_of_chunks(chunk, starts, 32, 4, True), [
+            {"CHUNKS": chunks, "QUERIES": queries, "num_warps": warps, "num_stages": stages}
+            for chunks, queries, warps in ((64, 128, 8), (32, 128, 4), (64, 64, 4), (64, 64, 8)) for stages in (2, 3)
         ]),
         ("antidiagonal_masses 16", ops.antidiagonals.PRODUCTS, lambda: ops.antidiagonal_masses(chunk, 16), [
             {"M": m, "N": n, "K": k, "num_warps": warps, "num_stages": stages}

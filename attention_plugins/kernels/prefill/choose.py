@@ -13,7 +13,7 @@ import triton.language as tl
 from attention_plugins.prefill.choose import ROUNDING
 
 _LONG = 8192
-_VARYING = ["n", "stride"]
+_VARYING = ["n", "stride", "forced_row", "rows"]
 
 
 @triton.jit

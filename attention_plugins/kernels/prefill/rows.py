@@ -18,8 +18,10 @@ from attention_plugins.prefill.base import Chunk
 
 STEP = 32
 """Rows of a group, and keys that are looked at together where diagonals are summed."""
-DENOMINATORS: dict[str, Any] = {"ROWS": 128, "KEYS": 128, "num_warps": 4, "num_stages": 2}
-STRIPES: dict[str, Any] = {"MEMBERS": 2, "num_warps": 4, "num_stages": 3}
+DENOMINATORS: dict[str, Any] = {"ROWS": 256, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+STRIPES: dict[str, Any] = {"MEMBERS": 4, "num_warps": 8, "num_stages": 4}
+FEW_STRIPES: dict[str, Any] = {"MEMBERS": 2, "num_warps": 4, "num_stages": 4}
+"""Of models with at most two query heads for each KV head."""
 COLUMNS: dict[str, Any] = {"ROWS": 64, "KEYS": 128, "num_warps": 4, "num_stages": 2}
 # Numbers that differ from chunk to chunk are no compile-time constants: a new one must not wait for a compiler.
 _VARYING = ["width", "m", "splits", "keys_each", "chunks_each", "chunks", "offset", "q_len", "k_len"]
@@ -235,10 +237,16 @@ def _columns(
 
 
 class Denominators(NamedTuple):
-    """Log2 of sums of powers, float32 [num_heads * m, splits], and the chunk they are of."""
+    """Log2 of sums of powers, and the chunk they are of.
+
+    Attributes:
+        partial: float32 [num_heads * m, splits].
+        most_splits: a power of two that doesn't depend on the context: another one would be compiled anew.
+    """
 
     partial: torch.Tensor
     given: Paged
+    most_splits: int
 
 
 def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
@@ -247,7 +255,8 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
     kv_heads, group = given.heads
     tiles = triton.cdiv(group * m, DENOMINATORS["ROWS"])
     keys = DENOMINATORS["KEYS"]
-    splits = max(1, min(triton.cdiv(chunk.k_len, 4 * keys), PROGRAMS // (kv_heads * tiles), MAX_SPLITS))
+    most = max(1, min(PROGRAMS // (kv_heads * tiles), MAX_SPLITS))
+    splits = min(triton.cdiv(chunk.k_len, 4 * keys), most)
     keys_each = triton.cdiv(triton.cdiv(chunk.k_len, splits), keys) * keys
     splits = triton.cdiv(chunk.k_len, keys_each)
     partial = torch.empty(chunk.num_heads * m, splits, device=rows.device)
@@ -255,17 +264,17 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, m,
         chunk.offset, given.scale, splits, keys_each, **given.shape, **DENOMINATORS,
     )  # fmt: skip
-    return Denominators(partial, given)
+    return Denominators(partial, given, triton.next_power_of_2(most))
 
 
 def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     """See `attention_plugins.prefill.scores.column_sums`."""
-    partial, given = denominators(chunk, rows)
+    partial, given, most_splits = denominators(chunk, rows)
     columns = torch.empty(chunk.num_heads, chunk.k_len, device=rows.device)
     _columns[(triton.cdiv(chunk.k_len, COLUMNS["KEYS"]), given.heads[0])](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, columns,
         len(rows), chunk.offset, chunk.k_len, given.scale, partial.shape[1],
-        **given.shape, SPLITS=triton.next_power_of_2(partial.shape[1]), **COLUMNS,
+        **given.shape, SPLITS=most_splits, **COLUMNS,
     )  # fmt: skip
     return columns
 
@@ -282,7 +291,9 @@ def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
     groups = triton.next_power_of_2(triton.cdiv(m, STEP))
     if groups > 4:
         raise ValueError(f"at most {4 * STEP} last rows are summed; got {m}")
-    partial, given = denominators(chunk, torch.arange(chunk.q_len - m, chunk.q_len, device=chunk.queries.device))
+    partial, given, most_splits = denominators(
+        chunk, torch.arange(chunk.q_len - m, chunk.q_len, device=chunk.queries.device)
+    )
     (kv_heads, group), k_len = given.heads, chunk.k_len
     found = torch.empty(2, chunk.num_heads, k_len, device=partial.device)
     half = given.queries.element_size() < 4
@@ -291,13 +302,14 @@ def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
         chunk.num_heads, STEP, steps * STEP, device=partial.device, dtype=torch.float16 if half else torch.float32
     )
     factor = 8192.0 if half else 1.0
-    tiles = triton.cdiv(group, STRIPES["MEMBERS"])
+    sizes = STRIPES if group > FEW_STRIPES["MEMBERS"] else FEW_STRIPES
+    tiles = triton.cdiv(group, sizes["MEMBERS"])
     splits = max(1, min(steps // 8, PROGRAMS // (kv_heads * tiles)))
     each = triton.cdiv(steps, splits)
     _stripes[(tiles, kv_heads, triton.cdiv(steps, each))](
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), partial,
         found[0], sums, sums.shape[2], m, chunk.q_len, k_len, given.scale, factor, partial.shape[1], steps, each,
-        **given.shape, SPLITS=triton.next_power_of_2(partial.shape[1]), STEP=STEP, GROUPS=groups, **STRIPES,
+        **given.shape, SPLITS=most_splits, STEP=STEP, GROUPS=groups, **sizes,
     )  # fmt: skip
     _shear[(triton.cdiv(k_len, 512), chunk.num_heads)](
         sums, sums.shape[2], found[1], m, k_len, 1 / factor, STEP=STEP, GROUPS=groups, N=512, num_warps=4
