@@ -1,4 +1,4 @@
-"""`attention_plugins.prefill.choose` without sorting: thresholds are searched for, two bits at a time.
+"""`attention_plugins.prefill.choose` without sorting: thresholds are searched for, a few bits at a time.
 
 Scores become integers of the same order. What a sort would add up one by one is added up all at once here, so sums
 differ by rounding.
@@ -12,8 +12,8 @@ import triton.language as tl
 
 from attention_plugins.prefill.choose import ROUNDING
 
-_LONG = 8192
-_VARYING = ["n", "stride", "forced_row", "rows"]
+_LONG, _CHUNK = 8192, 4096
+_VARYING = ["n", "stride", "forced_row", "rows", "chunks", "number"]
 
 
 @triton.jit
@@ -50,50 +50,81 @@ def _cover(mass, stride, forced, forced_row, rows, share, chosen, n, N: tl.const
     tl.store(chosen + row.to(tl.int64) * n + place, wanted.to(tl.uint8), mask=there)
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def _count_to_reach(mass, counts, n, limit, N: tl.constexpr):
-    """Numbers that agree in their first 24 bits count as equal: their mean stands for each."""
-    row = tl.program_id(0)
-    line = mass + row.to(tl.int64) * n
-    sums = tl.zeros([N], tl.float32)
-    for start in range(0, n, N):
-        place = start + tl.arange(0, N)
-        sums += tl.load(line + place, mask=place < n, other=0.0)
-    total = tl.sum(sums, 0)
-    threshold = tl.full([], 0, tl.int32)
-    for step in range(12):
-        one = tl.full([], 1, tl.int32) << (29 - 2 * step)
-        low, middle, high = threshold + one, threshold + 2 * one, threshold + 3 * one
-        lows, middles, highs = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-        for start in range(0, n, N):
-            place = start + tl.arange(0, N)
-            value = tl.load(line + place, mask=place < n, other=0.0)
-            bits = _bits(value)
-            lows += tl.where(bits >= low, value, 0.0)
-            middles += tl.where(bits >= middle, value, 0.0)
-            highs += tl.where(bits >= high, value, 0.0)
-        over = (tl.sum(lows, 0) > limit).to(tl.int32)
-        over += (tl.sum(middles, 0) > limit).to(tl.int32) + (tl.sum(highs, 0) > limit).to(tl.int32)
-        threshold += one * over
+@triton.jit
+def _count(line, n, threshold, limit, N: tl.constexpr):
+    """How many numbers it takes, if the last ones have the threshold's first 24 bits: these count as equal, their mean
+    stands for each."""
     most = threshold + (1 << 7)
-    above, within = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    sums, above, within = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
     more, equal = tl.zeros([N], tl.int32), tl.zeros([N], tl.int32)
     for start in range(0, n, N):
         place = start + tl.arange(0, N)
         value = tl.load(line + place, mask=place < n, other=0.0)
         bits = tl.where(place < n, _bits(value), -1)
+        sums += value
         above += tl.where(bits >= most, value, 0.0)
         more += (bits >= most).to(tl.int32)
         its = (bits >= threshold) & (bits < most)
         within += tl.where(its, value, 0.0)
         equal += its.to(tl.int32)
-    counted, members = tl.sum(more, 0), tl.sum(equal, 0)
+    total, counted, members = tl.sum(sums, 0), tl.sum(more, 0), tl.sum(equal, 0)
     mean = tl.sum(within, 0) / tl.maximum(members, 1)
     room = tl.maximum(limit - tl.sum(above, 0), 0.0)
     further = tl.where(mean > 0.0, tl.minimum(room / mean, members.to(tl.float32)), 0.0).to(tl.int32)
     found = tl.where(total <= limit, n, counted + further + 1)
-    found = tl.where(total == total, tl.minimum(found, n), 1)
-    tl.store(counts + row, found.to(tl.int64))
+    return tl.where(total == total, tl.minimum(found, n), 1).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _count_to_reach(mass, counts, n, limit, N: tl.constexpr):
+    """A row in registers."""
+    row, place = tl.program_id(0), tl.arange(0, N)
+    line = mass + row.to(tl.int64) * n
+    value = tl.load(line + place, mask=place < n, other=0.0)
+    bits = _bits(value)
+    threshold = tl.full([], 0, tl.int32)
+    for step in range(24):
+        one = threshold | (tl.full([], 1, tl.int32) << (30 - step))
+        threshold = tl.where(tl.sum(tl.where(bits >= one, value, 0.0), 0) > limit, one, threshold)
+    tl.store(counts + row, _count(line, n, threshold, limit, N))
+
+
+@triton.jit
+def _narrower(sums, states, row, chunks, limit, number):
+    """The threshold's first bits, after so many passes of 4 bits each."""
+    threshold = tl.full([], 0, tl.int32)
+    if number > 0:
+        part, digit = tl.arange(0, 64), tl.arange(0, 16)
+        total = tl.zeros([64, 16], tl.float32)
+        for first in range(0, chunks, 64):
+            at = ((row * 6 + number - 1) * chunks + first + part) * 16
+            total += tl.load(sums + at[:, None] + digit, mask=(first + part < chunks)[:, None], other=0.0)
+        over = (tl.sum(total, 0) > limit) & (digit > 0)
+        threshold = tl.load(states + row * 8 + number - 1) + (tl.sum(over.to(tl.int32), 0) << (31 - 4 * number))
+    return threshold
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _sum_above(mass, sums, states, n, chunks, limit, number, N: tl.constexpr):
+    """Sums of a chunk's numbers that reach the threshold with one of 15 digits behind it."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = chunk * N + tl.arange(0, N)
+    value = tl.load(mass + row * n + place, mask=place < n, other=0.0)
+    bits = _bits(value)
+    threshold = _narrower(sums, states, row, chunks, limit, number)
+    if chunk == 0:
+        tl.store(states + row * 8 + number, threshold)
+    out = sums + ((row * 6 + number) * chunks + chunk) * 16
+    for digit in tl.static_range(1, 16):
+        least = threshold + (tl.full([], digit, tl.int32) << (27 - 4 * number))
+        tl.store(out + digit, tl.sum(tl.where(bits >= least, value, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _count_long(mass, sums, states, counts, n, chunks, limit, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    threshold = _narrower(sums, states, row, chunks, limit, 6)
+    tl.store(counts + row, _count(mass + row * n, n, threshold, limit, N))
 
 
 def block(n: int, most: int) -> dict[str, int]:
@@ -128,5 +159,14 @@ def count_to_reach(mass: torch.Tensor, share: float) -> torch.Tensor:
     counts = torch.empty(*mass.shape[:-1], 1, dtype=torch.int64, device=mass.device)
     if share >= 1:
         return counts.fill_(n)
-    _count_to_reach[(counts.numel(),)](mass, counts, n, share + ROUNDING, **block(n, _LONG))
+    limit = share + ROUNDING
+    if n <= _LONG:
+        _count_to_reach[(counts.numel(),)](mass, counts, n, limit, **block(n, _LONG))
+        return counts
+    chunks = triton.cdiv(n, _CHUNK)
+    sums = torch.zeros(counts.numel(), 6, chunks, 16, device=mass.device)
+    states = torch.empty(counts.numel(), 8, dtype=torch.int32, device=mass.device)
+    for number in range(6):
+        _sum_above[(counts.numel(), chunks)](mass, sums, states, n, chunks, limit, number, N=_CHUNK, num_warps=4)
+    _count_long[(counts.numel(),)](mass, sums, states, counts, n, chunks, limit, **block(n, _LONG))
     return counts

@@ -77,7 +77,8 @@ def best_of_chunks(chunk: Chunk, starts: torch.Tensor, size: int, stride: int, s
     scores = torch.empty(starts.shape, device=starts.device)
     _search[(triton.cdiv(m, SEARCH["CHUNKS"]), blocks, heads)](
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), starts, scores, size,
-        m, chunk.q_len, chunk.k_len, blocks, chunk.num_kv_heads if share_heads else 1, stride, chunk.scale * given.key_scale,
+        m, chunk.q_len, chunk.k_len, blocks, chunk.num_kv_heads if share_heads else 1, stride,
+        chunk.scale * given.key_scale,
         **given.shape, ROWS=ROWS, **SEARCH,
     )  # fmt: skip
     return scores
