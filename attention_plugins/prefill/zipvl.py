@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 
 from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
 from attention_plugins.prefill.bigbird import mixed
-from attention_plugins.prefill.choose import ROUNDING, ranks
+from attention_plugins.prefill.choose import ROUNDING, top
 
 RANDOM, RECENT = 64, 64
 """Queries that are asked, spread over the chunk and at its end: the paper's counts from memory, not verified."""
@@ -46,17 +48,23 @@ class ZipVL(Pattern):
         rows = probes(chunk)
         mass = chunk.ops.column_sums(chunk, rows).sum(0)
         positions = torch.arange(chunk.k_len, device=rows.device)
-        seen_by = (chunk.offset + rows >= positions[:, None]).sum(-1)
-        tokens = important(mass, mass / seen_by, self.args.tau)
+        seen_by = len(rows) - torch.searchsorted(chunk.offset + rows, positions)
+        tokens = important(mass, mass / seen_by, self.args.tau, chunk.ops.top)
         mask = chunk.grid.from_tokens(tokens) | chunk.grid.band(0, self.args.window)
         return Plan.forced(mask, chunk.grid, chunk.num_kv_heads)
 
 
-def important(mass: torch.Tensor, order: torch.Tensor, tau: float) -> torch.Tensor:
+def important(
+    mass: torch.Tensor,
+    order: torch.Tensor,
+    tau: float,
+    highest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = top,
+) -> torch.Tensor:
     """So many tokens as reach `tau` of the mass, the first by `order`; all, where some mass isn't a number.
 
     Args:
         mass, order: float32 [n].
+        highest: see `attention_plugins.prefill.choose.top`.
 
     Returns:
         bool [n].
@@ -65,7 +73,7 @@ def important(mass: torch.Tensor, order: torch.Tensor, tau: float) -> torch.Tens
         return torch.ones_like(mass, dtype=torch.bool)
     sums = mass.sort(descending=True).values.cumsum(0)
     count = (sums < (tau - ROUNDING) * mass.sum()).sum() + 1
-    return (ranks(order) < count) | mass.isnan().any()
+    return highest(order[None], count.view(1, 1))[0] | mass.isnan().any()
 
 
 def probes(chunk: Chunk) -> torch.Tensor:
