@@ -219,9 +219,10 @@ class Prefilling:
         for name in names:
             pattern = make_pattern({"pattern": name})
             assert pattern is not None
-            k_len = 2 * ROWS
-            while k_len <= max_model_len:
-                q_len = min(most_tokens, k_len)
+            powers = [2**power for power in range(ROWS.bit_length(), max_model_len.bit_length())]
+            # Short last chunks have kernels of their own.
+            for q_len, k_len in [*((most_tokens, n) for n in powers), (20, 256), (50, 256), (100, 256)]:
+                q_len = min(q_len, k_len)
                 query = torch.zeros(q_len, num_heads, head_dim, device=device).to(dtype)
                 blocks = torch.zeros(-(-k_len // self.unit), dtype=torch.int64, device=device)
                 computed = torch.zeros(len(self.caches), device=device)
@@ -229,7 +230,6 @@ class Prefilling:
                 grid = Grid(q_len, k_len, self.unit, device)
                 chunk = PromptChunk(prompt, 0, k_len - q_len, q_len, blocks, grid)
                 self._attend(cache, chunk, query, query.to(self.dtype, copy=True), planned=True)
-                k_len *= 2
 
     def _chunk(self, cache: LayerCache, chunk: PromptChunk, queries: torch.Tensor) -> Chunk:
         if queries.dtype != self.dtype:  # an 8-bit cache's
