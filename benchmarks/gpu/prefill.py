@@ -50,6 +50,10 @@ PATTERNS: dict[str, Make] = {
 }  # fmt: skip
 
 
+BATCHED = DENSE, "streaming 10 %", "flexprefill 10 %", "xattention 10 %"
+"""Of the patterns, those that batches are measured with."""
+
+
 def words_for(label: str, length: int) -> dict[str, Any]:
     words = PATTERNS[label](length)
     return words if words["pattern"] in ("delta", DENSE) else {"min_context": 0, **words}
@@ -133,7 +137,8 @@ def main() -> None:
 
     for length, batch in map(parse_shape, args.shapes.split(",")):
         repeats = 3 if length * (batch or 1) < 70_000 else 2
-        for label in [DENSE] if stock else args.patterns:
+        chosen = [label for label in args.patterns if label in BATCHED] if batch and batch > 1 else args.patterns
+        for label in [DENSE] if stock else chosen:
             fields = {} if label == DENSE else {"prefill_attention": words_for(label, length)}
             torch.cuda.reset_peak_memory_stats()
             times: list[float] = []
