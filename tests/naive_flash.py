@@ -35,10 +35,20 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [tokens, heads, d], k and v [kv_heads, n, d], seen bool [kv_heads, tokens, n] -> float32 [tokens, heads, d]."""
-    weights = logits_of(q, k, seen, scale, softcap).softmax(-1)
+    """q [tokens, heads, d], k and v [kv_heads, n, d], seen bool [kv_heads, tokens, n], sinks [heads] -> float32
+    [tokens, heads, d]."""
+    logits = logits_of(q, k, seen, scale, softcap)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(-1, len(q), 1)], -1)
+    weights = logits.softmax(-1)[..., : k.shape[1]]
     return (weights @ v.float().repeat_interleave(q.shape[1] // k.shape[0], 0)).transpose(0, 1)
 
 

@@ -24,31 +24,51 @@ def _attention(
     value: torch.Tensor,
     attention_mask: Any,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention; while `_masks` is set, columns where it is False are not seen.
+    """Causal attention; in full-attention layers, columns where `_masks`, while it is set, is False are not seen.
 
-    query [1, num_heads, q, d], key and value [1, num_kv_heads, n, d]; masks bool [num_kv_heads, prompt_len].
+    query [1, num_heads, q, d], key and value [1, num_kv_heads, n, d]; masks bool [num_kv_heads, prompt_len], one for
+    each full-attention layer; s_aux [num_heads], learned sinks.
     """
     if _attends is not None:
         return _attends(module.layer_idx, query[0].transpose(0, 1), key[0], value[0])[None], None
     group = query.shape[1] // key.shape[1]
     q, n = query.shape[2], key.shape[2]
-    visible = torch.arange(n) <= torch.arange(n - q, n)[:, None]
+    columns, rows = torch.arange(n), torch.arange(n - q, n)[:, None]
+    visible = columns <= rows
+    if sliding_window:  # of such layers, the cache holds the last columns alone
+        visible &= columns > rows - sliding_window
     visible = visible.expand(key.shape[1], q, n).clone()
-    if _masks is not None:
-        mask = _masks[module.layer_idx]
-        visible[:, :, : mask.shape[1]] &= mask[:, None, :]
-    if _reads is not None:
-        queries = query[0, :, 0].unflatten(0, (-1, group)) * scaling
-        visible[:, 0] &= _reads(module.layer_idx, queries, key[0])
+    if not sliding_window:
+        layer = _full_layers(module.config).index(module.layer_idx)
+        if _masks is not None:
+            mask = _masks[layer]
+            visible[:, :, : mask.shape[1]] &= mask[:, None, :]
+        if _reads is not None:
+            queries = query[0, :, 0].unflatten(0, (-1, group)) * scaling
+            visible[:, 0] &= _reads(layer, queries, key[0])
     visible = visible.repeat_interleave(group, 0)
     logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * scaling
-    output = logits.masked_fill(~visible, float("-inf")).softmax(-1) @ value[0].repeat_interleave(group, 0)
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~visible, float("-inf"))
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux[:, None, None].expand(-1, q, 1).to(logits)], -1)
+    output = logits.softmax(-1)[..., :n] @ value[0].repeat_interleave(group, 0)
     return output.transpose(0, 1)[None], None
 
 
 AttentionInterface.register("longreach_reference", _attention)
+
+
+def _full_layers(config: Any) -> list[int]:
+    """The layers whose caches shrink."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
 
 
 def _mask(kept: list[torch.Tensor], length: int, tail_from: int) -> torch.Tensor:

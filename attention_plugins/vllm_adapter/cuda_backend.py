@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -26,7 +25,7 @@ from attention_plugins.decode.rows import LayerCache
 from attention_plugins.kernels.page_rows import page_rows_into
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.selection import Selection
-from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata
+from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata, share_with_sinks
 from kvcache.vllm_adapter.manager import compressible, register_spec
 
 MULTIPROCESSORS = 132
@@ -107,8 +106,8 @@ class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SplitMetadata:
-        runtime = runtime_for(self.vllm_config)
+    ) -> Any:
+        runtime = runtime_for(self.vllm_config) if self.ours else None
         if runtime is not None and isinstance(runtime.graph, Selection):
             rows = runtime.fill_selected(runtime.graph, common_attn_metadata, _send)
             return SplitMetadata(None, selected=[rows])
@@ -153,9 +152,8 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
         assert batch is not None and tables is not None
         sequences = len(batch.query_start) - 1
         pages, lengths = self.buffers.pages[:sequences], self.buffers.lengths[:sequences]
-        index = extract_layer_index(layer.layer_name)
-        page_rows_into(pages, lengths, tables, index, batch.slots, batch.seq_lens, batch.block_table)
-        return self.flash(
+        page_rows_into(pages, lengths, tables, self.index, batch.slots, batch.seq_lens, batch.block_table)
+        found = self.flash(
             layer,
             queries,
             pages,
@@ -165,7 +163,15 @@ class CUDACompressedImpl(SplitImpl, FlashAttentionImpl):
             cu_seqlens_q=batch.query_start,
             causal=True,
             num_splits=self._num_splits(sequences, batch.token_heads is None),
+            return_softmax_lse=self.sinks is not None,
         )
+        if self.sinks is None:
+            return found
+        # The kernel's sinks are by query head, and here each sequence has query heads of its own.
+        places = torch.arange(len(queries), device=queries.device) if batch.token_heads is None else batch.token_heads
+        sinks = self.sinks.view(self.num_kv_heads, -1)
+        attended, lse = found
+        return share_with_sinks(attended, lse, sinks, places % self.num_kv_heads)
 
     def flash(self, layer: Any, queries: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor, **rest: Any) -> Any:
         """FlashAttention where each sequence is one KV head of a request: queries [tokens, group, head_dim]."""

@@ -21,6 +21,7 @@ from attention_plugins.vllm_adapter.cuda_backend import FlashPages, StepBuffers
 from attention_plugins.vllm_adapter.cuda_graphs import CompressionGraphs
 from attention_plugins.vllm_adapter.cuda_prefill import FlashExecutor
 from attention_plugins.vllm_adapter.cuda_prefill import nbytes as prefill_bytes
+from attention_plugins.vllm_adapter.layers import compressible_layers
 from attention_plugins.vllm_adapter.prefilling import Executor
 from attention_plugins.vllm_adapter.readers import blocks_beside_readers, place_for, read_calibration
 from attention_plugins.vllm_adapter.worker import CompressionWorker, ours
@@ -80,17 +81,17 @@ class CUDACompressionWorker(CompressionWorker, Worker):
 
     def _left_by_readers(self, available: int) -> int:
         """Memory for the KV cache where selectors hold something beside it, for each page of it too."""
-        config, parallel = self.vllm_config, self.vllm_config.parallel_config
+        config = self.vllm_config
         settings, model = DecodeSettings.of(config.additional_config), config.model_config
         if not settings.selectors:
             return available
-        layers, kv_heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
-        head_dim, page_size = model.get_head_size(), config.cache_config.block_size
+        layers, heads, kv_heads, head_dim = self._shape()
+        page_size = config.cache_config.block_size
         place = place_for(
             settings,
             PageGeometry(tuple(range(layers)), 1, kv_heads, page_size, head_dim),
             num_blocks=0,
-            group=model.get_num_attention_heads(parallel) // kv_heads,
+            group=heads // kv_heads,
             dtype=model.dtype,
             device=self.device,
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -101,6 +102,11 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         block_bytes = layers * kv_heads * page_size * 2 * head_dim * itemsize
         return blocks_beside_readers(settings, place, available, block_bytes) * block_bytes
 
+    def _shape(self) -> tuple[int, int, int, int]:
+        """Full-attention layers, and query heads, KV heads and head size of each on this GPU."""
+        layers = compressible_layers(self.vllm_config)
+        return len(layers), layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_size
+
     def reserved_bytes(self) -> int:
         """Memory of ours that lives beside the KV cache while the model runs.
 
@@ -108,11 +114,10 @@ class CUDACompressionWorker(CompressionWorker, Worker):
         share it. What compaction itself needs is not counted: it runs between steps, in the memory that vLLM keeps for
         the activations of a full batch.
         """
-        config, parallel = self.vllm_config, self.vllm_config.parallel_config
-        layers, kv_heads = config.model_config.get_num_layers(parallel), config.model_config.get_num_kv_heads(parallel)
+        config = self.vllm_config
+        layers, heads, kv_heads, head_dim = self._shape()
         slots, page_size = config.scheduler_config.max_num_seqs, config.cache_config.block_size
         width = -(-config.model_config.max_model_len // page_size) + 1
-        heads, head_dim = config.model_config.get_num_attention_heads(parallel), config.model_config.get_head_size()
         sizes, settings = (
             config.compilation_config.cudagraph_capture_sizes or (),
             DecodeSettings.of(config.additional_config),

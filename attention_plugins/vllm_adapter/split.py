@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from attention_plugins.batch import CompactedBatch, plan_compacted
@@ -17,6 +16,7 @@ from attention_plugins.vllm_adapter.prefilling import Prefilling, PromptChunk
 from attention_plugins.vllm_adapter.runtime import BatchKind, Capture, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.selection import SelectedRows
 from kvcache.tables import PageTables, to_device
+from kvcache.vllm_adapter.manager import CompressibleAttentionSpec
 
 
 @dataclass
@@ -48,7 +48,11 @@ class SplitMetadata:
 
 
 class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # type: ignore[misc]
-    """In front of a backend's metadata builder."""
+    """In front of a backend's metadata builder; layers that don't see everything get vLLM's metadata."""
+
+    @property
+    def ours(self) -> bool:
+        return isinstance(self.kv_cache_spec, CompressibleAttentionSpec)
 
     hidden_len: int | None = None
     """Length that rows which are attended apart have for the backend's own attention; None: that of their queries, for
@@ -56,7 +60,9 @@ class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # ty
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SplitMetadata:
+    ) -> Any:
+        if not self.ours:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common, runtime = common_attn_metadata, runtime_for(self.vllm_config)
         if runtime is None or runtime.kind is BatchKind.DENSE:
             dense = super().build(common_prefix_len, common, fast_build)
@@ -92,8 +98,12 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
 
     pages: torch.Tensor
     """The whole KV cache, [num_pages, 2 * page_size * head_dim]; set by the worker, as the others."""
+    index: int
+    """Of the layer, among those of full attention."""
     page_size: int
     cache: LayerCache
+    sinks: torch.Tensor | None
+    """Learned logits that take part in each softmax, [num_heads]; vLLM's own attribute."""
 
     def forward(
         self,
@@ -107,11 +117,13 @@ class SplitImpl(AttentionImpl if TYPE_CHECKING else object):  # type: ignore[mis
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:  # vLLM's warm-up and profiling runs
-            return super().forward(layer, query, key, value, kv_cache, None, output)
-        metadata: SplitMetadata = attn_metadata
+        if not isinstance(attn_metadata, SplitMetadata):  # warm-up and profiling runs, and layers that aren't ours
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        metadata = attn_metadata
         for capture in metadata.captures:  # this step's keys are in the cache already
-            capture.record(extract_layer_index(layer.layer_name), query)
+            capture.record(self.index, query)
         if metadata.dense is not None:
             super().forward(
                 layer, query, key, value, kv_cache, metadata.dense, output, output_scale, output_block_scale
@@ -177,3 +189,18 @@ def shortened(common: CommonAttentionMetadata, apart: np.ndarray, length: int | 
     lens = lens if length is None else torch.full_like(lens, length)
     bounds = torch.where(torch.from_numpy(apart), lens, bounds).to(bounds.dtype)
     return replace(common, seq_lens=short, seq_lens_cpu_upper_bound=bounds, max_seq_len=int(bounds.max()))
+
+
+def share_with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Let learned sinks have their part of attention that was computed without them, in place.
+
+    A sink s adds exp(s) to the softmax's denominator and no value, so what came out is weighed with
+    exp(lse) / (exp(lse) + exp(s)).
+
+    Args:
+        out: [tokens, group, head_dim].
+        lse: float32 [group, tokens], logarithms of the denominators.
+        sinks: [num_kv_heads, group].
+        head: int64 [tokens], the KV head of each.
+    """
+    return out.mul_(torch.sigmoid(lse.T - sinks[head].float())[..., None])

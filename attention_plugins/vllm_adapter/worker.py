@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
@@ -18,6 +17,7 @@ from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.rows import LayerCache
 from attention_plugins.decode.settings import DecodeSettings
 from attention_plugins.prefill.orders import PATTERNS, PendingPatternReport
+from attention_plugins.vllm_adapter.layers import compressible_layers, refuse_variants
 from attention_plugins.vllm_adapter.pages import flat_pages
 from attention_plugins.vllm_adapter.prefilling import Executor, Prefilling, prefill_calibration
 from attention_plugins.vllm_adapter.readers import make_readers, place_for, read_calibration
@@ -51,6 +51,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
 
     runtime: CompressionRuntime
     attention_layers: list[Any]
+    """Of full attention, in order."""
     missing: dict[str, str]
     """By kind of evidence (or `PATTERNS`), why this worker hasn't got it."""
 
@@ -81,12 +82,12 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
-        layers = self.attention_layers = attention_layers(self.vllm_config)
+        layers = self.attention_layers = compressible_layers(self.vllm_config)
         for layer in layers:
-            _refuse_variants(layer)
+            refuse_variants(layer, bool(DecodeSettings.of(self.vllm_config.additional_config).selectors))
         pages, geometry = flat_pages([layer.kv_cache for layer in layers])
-        for layer in layers:
-            layer.impl.pages, layer.impl.page_size = pages, geometry.page_size
+        for index, layer in enumerate(layers):
+            layer.impl.index, layer.impl.pages, layer.impl.page_size = index, pages, geometry.page_size
         tables = PageTables(
             geometry,
             slots=self.vllm_config.scheduler_config.max_num_seqs,
@@ -122,11 +123,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
         set_runtime(self.vllm_config, self.runtime)
 
     def _selecting(self, compressor: Compressor) -> Selecting:
-        """The server's selectors.
-
-        Raises:
-            ValueError: the model's attention has a part that selectors would leave out.
-        """
+        """The server's selectors."""
         settings, layers = DecodeSettings.of(self.vllm_config.additional_config), self.attention_layers
         caches = [
             LayerCache(index, compressor.pages, compressor.geometry, compressor.codec, quant, compressor.scale)
@@ -135,10 +132,8 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
         for layer, cache in zip(layers, caches, strict=True):
             layer.impl.cache = cache
         first = layers[0].impl
-        if first.logits_soft_cap:
-            self.missing[PATTERNS] = "prefill patterns don't know logit soft caps"
-        if settings.selectors and first.logits_soft_cap:
-            raise ValueError("decode selectors don't know logit soft caps: start with --decode-selectors none")
+        if first.logits_soft_cap or getattr(first, "sinks", None) is not None:
+            self.missing[PATTERNS] = "prefill patterns know neither logit soft caps nor learned attention sinks"
         place = place_for(
             settings,
             compressor.geometry,
@@ -176,37 +171,6 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
             return ReportingOutput(output, reports)
         attach_reports(output, [report.finish() for report in reports])
         return output
-
-
-def attention_layers(config: VllmConfig) -> list[Any]:
-    """The model's attention layers in order; layer i is layer i of the compressor.
-
-    Raises:
-        ValueError: the model has other layers with a KV cache, or several per decoder layer.
-    """
-    context = config.compilation_config.static_forward_context
-    by_index = {extract_layer_index(name): layer for name, layer in context.items() if hasattr(layer, "kv_cache")}
-    if sorted(by_index) != list(range(len(context))):
-        raise ValueError(f"KV compression expects one attention layer per decoder layer; got {list(context)}")
-    return [by_index[index] for index in range(len(by_index))]
-
-
-def _refuse_variants(layer: Any) -> None:
-    """Refuse what the check of the configuration can't foresee for every model.
-
-    Raises:
-        ValueError: the layer's attention has a part that compacted rows would leave out.
-    """
-    impl = layer.impl
-    found = [
-        (getattr(impl, "sinks", None) is not None, "learned attention sinks"),
-        (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
-        (getattr(impl, "kv_sharing_target_layer_name", None) is not None, "KV cache shared between layers"),
-        (impl.sliding_window not in (-1, (-1, -1)), "a sliding window"),
-        (getattr(impl, "vllm_flash_attn_version", None) not in (None, 2, 3), "FlashAttention 4"),
-    ]
-    if names := [name for bad, name in found if bad]:
-        raise ValueError(f"{layer.layer_name} has {', '.join(names)}: not supported with KV compression")
 
 
 def ours(config: VllmConfig) -> dict[str, Any]:

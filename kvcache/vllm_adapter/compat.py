@@ -14,6 +14,7 @@ from typing import Any
 VLLM_VERSION = "0.32.0"
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
+_COORDINATOR = "vllm.v1.core.kv_cache_coordinator"
 _ROPE = "vllm.model_executor.layers.rotary_embedding.base"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 # (module, attribute, parameters that must be there)
@@ -31,7 +32,13 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_SCHEDULER, "Scheduler._reserve_prefill_lookahead", ("request", "num_computed_tokens", "num_new_tokens")),
     (_SCHEDULER, "Scheduler._connector_finished", ("request",)),
     (_SCHEDULER, "Scheduler._free_blocks", ("request",)),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.truncate_computed_blocks", ("blocks", "num_computed_tokens")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks", ("blocks",)),
+    (_COORDINATOR, "KVCacheCoordinator.find_longest_cache_hit", ("block_hashes", "max_cache_hit_length")),
+    # kvcache.vllm_adapter.beside
+    (_COORDINATOR, "KVCacheCoordinator.cache_blocks", ("request", "num_computed_tokens")),
+    (_COORDINATOR, "KVCacheCoordinator.get_num_cacheable_tokens", ("num_computed_tokens", "kv_cache_group_id")),
+    (_COORDINATOR, "replay_boundaries", ("num_prompt_tokens", "scheduler_block_size", "use_eagle")),
+    (_MANAGER, "SingleTypeKVCacheManager.get_num_skipped_tokens", ("num_computed_tokens",)),
     # server.engine overrides or calls these
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),

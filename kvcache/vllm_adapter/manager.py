@@ -21,8 +21,8 @@ class CompressibleAttentionSpec(FullAttentionSpec):
 
 
 def compressible(spec: AttentionSpec) -> AttentionSpec:
-    """The same spec, marked as ours; other kinds of attention are returned as they are (and refused later)."""
-    if type(spec) is not FullAttentionSpec:
+    """The same spec, marked as ours; other kinds of attention are returned as they are, and stay vLLM's."""
+    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
         return spec
     return CompressibleAttentionSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
@@ -55,6 +55,13 @@ class CompressibleAttentionManager(FullAttentionManager):
         self.later.discard(request_id)
         self.own_answers.pop(request_id, None)
 
+    def shareable(self, request_id: str) -> int | None:
+        """How many of its tokens other requests may share; None: all. Behind them, tokens saw less than their hashes
+        say: those after a compaction, and selectors' answers."""
+        plan, prompt_len = self.plans.get(request_id), self.own_answers.get(request_id)
+        known = [most for most in (plan.prompt_len if plan else None, prompt_len) if most is not None]
+        return min(known, default=None)
+
     def _missing_targets(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
         if plan is None or request_id in self.target_blocks:
@@ -78,11 +85,8 @@ class CompressibleAttentionManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Tokens that saw less than their hash says are never shared: those after a compaction, selectors' answers."""
-        if plan := self.plans.get(request.request_id):
-            num_tokens = min(num_tokens, plan.prompt_len)
-        if (prompt_len := self.own_answers.get(request.request_id)) is not None:
-            num_tokens = min(num_tokens, prompt_len)
+        if (most := self.shareable(request.request_id)) is not None:
+            num_tokens = min(num_tokens, most)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def remove_skipped_blocks(

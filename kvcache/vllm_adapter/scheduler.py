@@ -26,7 +26,8 @@ from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policy_words
 from kvcache.usage import CompressionTotals, kv_cache_usage
-from kvcache.vllm_adapter.manager import CompressibleAttentionManager, register_spec
+from kvcache.vllm_adapter.beside import LayersBeside, compressible_manager, pool_block_bytes
+from kvcache.vllm_adapter.manager import register_spec
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders, reports_of
 
 register_spec()
@@ -63,18 +64,12 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        if len(managers) != 1 or not isinstance(managers[0], CompressibleAttentionManager):
-            names = ", ".join(type(manager).__name__ for manager in managers)
-            raise ValueError(
-                f"KV compression needs a model whose layers are all full attention, one KV cache group; got {names}. "
-                "Serve this model with `vllm serve`."
-            )
-        self.kv_blocks: CompressibleAttentionManager = managers[0]
+        coordinator = self.kv_cache_manager.coordinator
+        self.kv_blocks = compressible_manager(coordinator)
+        self.beside = LayersBeside(coordinator, self.kv_blocks)
+        self.beside.share(lambda request: (self.kv_blocks.shareable(request.request_id), self._hit_limit(request)))
         # Of all GPUs together: a block of the scheduler's is one on each.
-        self.block_bytes = self.kv_blocks.kv_cache_spec.page_size_bytes * sum(
-            len(group.layer_names) for group in self.kv_cache_config.kv_cache_groups
-        )
+        self.block_bytes = pool_block_bytes(self.kv_cache_config)
         self.block_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self.compressions: dict[str, _Compression] = {}
         self.compression_totals = CompressionTotals()
@@ -134,7 +129,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
     def _too_large(self, request: Request, plan: RetentionPlan) -> str | None:
         """Why the pool can't hold both what a compaction reads and what it keeps: such a request would wait forever."""
         most = max(request.num_prompt_tokens, plan.prompt_len) + 1
-        needed = -(-most // plan.page_size) + plan.kept_pages
+        needed = -(-most // plan.page_size) + plan.kept_pages + self.beside.most_blocks(most)
         there = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
         if needed <= there:
             return None
@@ -144,15 +139,19 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         """A hit must leave to be computed what observers watch: queries are cached nowhere. Where a pattern plans, it
         ends with a whole block of queries."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        compression, limit = self.compressions[request.request_id], num_tokens
-        if compression.plan and compression.policy:
-            limit = min(limit, compression.policy.first_query(compression.plan.prompt_len))
-        if self._planned(request):
-            limit -= limit % ROWS
-        limit -= limit % self.kv_blocks.block_size
-        if num_tokens > limit:
-            blocks, num_tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        limit = self._hit_limit(request, num_tokens)
+        if num_tokens > limit:  # found again: layers that slide need other blocks for less
+            manager = self.kv_cache_manager
+            found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, limit)
+            blocks = manager.create_kv_cache_blocks(found)
         return blocks, num_tokens, boundary, diverged
+
+    def _hit_limit(self, request: Request, num_tokens: int) -> int:
+        """Tokens of a request that may come from the prefix cache, of those that it has."""
+        compression = self.compressions[request.request_id]
+        if compression.plan and compression.policy:
+            num_tokens = min(num_tokens, compression.policy.first_query(compression.plan.prompt_len))
+        return num_tokens - num_tokens % ROWS if self._planned(request) else num_tokens
 
     def _planned(self, request: Request) -> bool:
         prefill = self.prefills.get(request.request_id)
@@ -275,6 +274,9 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         )
         if compression.reason:
             usage["not_compressed"] = compression.reason
+        if self.beside.managers:
+            held = self.beside.blocks(usage.get("compacted_tokens", request.num_prompt_tokens)) * self.block_bytes
+            usage["other_layers"] = {"layers": self.beside.num_layers, "bytes_held": held}
         told: dict[str, Any] = {"usage": usage, "totals": self.compression_totals.by_policy}
         if selector := self.reads.selector(request.request_id):
             told["decode_usage"] = {**selector_words(selector), "steps": self.reads.usage(request.request_id)}

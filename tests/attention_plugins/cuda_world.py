@@ -32,6 +32,7 @@ from kvcache.orders import Compact, Start
 from kvcache.pages import InterleavedCodec
 from kvcache.plan import RetentionPlan
 from kvcache.tables import PageTables
+from kvcache.vllm_adapter.manager import CompressibleAttentionSpec
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
 from tests.naive_flash import attention
 
@@ -137,15 +138,18 @@ class World:
         softcap: float = 0.0,
         fa_version: int = 3,
         max_len: int = MAX_LEN,
+        sinks: bool = False,
     ) -> None:
         """
         Args:
             backend: `attention_plugins.vllm_adapter.cuda_backend`.
             patch: sets an attribute for the length of a test.
+            sinks: whether the model has learned ones.
         """
         torch.manual_seed(num_heads * 100 + num_kv_heads)
         self.num_heads, self.num_kv_heads, self.fp8, self.softcap = num_heads, num_kv_heads, fp8, softcap
         self.max_len = max_len
+        self.sinks = torch.linspace(-2.0, 3.0, num_heads) if sinks else None
         blocks = BLOCKS * max_len // MAX_LEN
         shape = (LAYERS, blocks, num_kv_heads, PAGE, 2 * HEAD_DIM)
         # NaN, in fp8 too: whatever was never written, or was released, shows where it is read.
@@ -194,6 +198,7 @@ class World:
         impl.scale, impl.logits_soft_cap = SCALE, self.softcap
         impl.kv_cache_dtype = "fp8" if self.fp8 else "auto"
         impl.vllm_flash_attn_version, impl.batch_invariant_enabled = fa_version, False
+        impl.index, impl.sinks = index, self.sinks
         impl.pages, impl.page_size, impl.buffers, impl.max_num_splits = pages, PAGE, self.buffers, 32
         scales = self.scales[index]
         return SimpleNamespace(
@@ -245,6 +250,7 @@ class World:
             seen,
             SCALE,
             self.softcap,
+            self.sinks,
         )
 
     def _allocate(self, request: Request, length: int) -> None:
@@ -453,6 +459,7 @@ class World:
                 seen.expand(self.num_kv_heads, -1, -1),
                 SCALE,
                 self.softcap,
+                self.sinks,
             )
         self.dense_written[layer.index] = output.clone()
         return output
@@ -462,7 +469,10 @@ def make_builder(backend: ModuleType, config: Any, num_kv_heads: int, buffers: A
     """A metadata builder as vLLM makes it for FlashAttention 2, which prepares no schedule."""
     builder = backend.CUDACompressedMetadataBuilder.__new__(backend.CUDACompressedMetadataBuilder)
     builder.vllm_config, builder.buffers = config, buffers
-    builder.kv_cache_spec, builder.num_heads_kv = SimpleNamespace(num_kv_heads=num_kv_heads), num_kv_heads
+    builder.kv_cache_spec = CompressibleAttentionSpec(
+        block_size=PAGE, num_kv_heads=num_kv_heads, head_size=HEAD_DIM, dtype=torch.float32
+    )
+    builder.num_heads_kv = num_kv_heads
     builder.aot_schedule, builder.aot_sliding_window = False, None
     builder.use_full_cuda_graph, builder.max_cudagraph_size, builder.max_num_splits = True, MAX_REQS, 0
     builder.dcp_world_size, builder.rswa_window, builder.mm_prefix_query_ranges_np = 1, None, None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from attention_plugins.vllm_adapter.runtime import BatchKind
-from attention_plugins.vllm_adapter.split import shortened
+from attention_plugins.vllm_adapter.split import SplitMetadata, shortened
 from kvcache.observers.base import Observer
 from kvcache.observers.window import QueryWindow
 from tests import naive_flash
@@ -105,6 +107,36 @@ def test_softcap_reaches_the_kernel(make_world: MakeWorld) -> None:
         check(world, world.run({"long": 1}), "compacted")
 
 
+@pytest.mark.parametrize("fa_version", [2, 3])
+def test_learned_sinks_have_their_part(make_world: MakeWorld, fa_version: int) -> None:
+    """Eagerly, with several tokens a row, and in graphs."""
+    world = make_world(sinks=True, fa_version=fa_version)
+    compacted_or_dense(world)
+    captured = graphs(world)
+    check(world, world.run({"one": 1, "even": 3, "long": 2, "dense": 1}), "mixed")
+    check(world, world.replay(captured["mixed"], world.requests), "mixed")
+    check(world, world.replay(captured["compacted"], ["one", "even", "long"]), "compacted")
+    with pytest.raises(AssertionError, match="not close"):
+        world.sinks = None
+        check(world, world.run({"long": 1}), "compacted")
+
+
+def test_layers_that_are_not_ours_get_vllms_metadata(make_world: MakeWorld) -> None:
+    """Whatever else is in the step: their blocks are vLLM's."""
+    world = make_world()
+    compacted_or_dense(world)
+    ours = world.builder.kv_cache_spec
+    world.builder.kv_cache_spec = SlidingWindowSpec(
+        block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=32
+    )
+    with world.step({"one": 1, "dense": 1}) as rows:
+        metadata = world.builder.build(0, world.common(rows))
+    assert type(metadata) is FlashAttentionMetadata
+    assert metadata.seq_lens.tolist() == [last for _, _, last in rows]
+    world.builder.kv_cache_spec = ours
+    assert type(world.run({"one": 1}).metadata) is SplitMetadata
+
+
 def test_a_preempted_request_starts_again(make_world: MakeWorld) -> None:
     """Dense until its prompt is done again, while others stay compacted; its pages are kept differently then."""
     world = make_world()
@@ -136,7 +168,7 @@ def test_warm_up_runs_are_vllms(make_world: MakeWorld, monkeypatch: pytest.Monke
 
     world = make_world()
     monkeypatch.setattr(FlashAttentionImpl, "forward", lambda impl, *args: args)
-    given = (world.layers[0], *(torch.zeros(0) for _ in range(4)), None, torch.zeros(2))
+    given = (world.layers[0], *(torch.zeros(0) for _ in range(4)), None, torch.zeros(2), None, None)
     assert world.layers[0].impl.forward(*given) == given
 
 

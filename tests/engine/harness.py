@@ -61,10 +61,12 @@ class Engine:
         blocks: int = 1600,
         max_model_len: int = 8192,
         decode: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
         """
         Args:
             decode: settings of selectors (`attention_plugins.decode.settings`).
+            settings: more of vLLM's.
         """
         from vllm import LLM
 
@@ -83,6 +85,7 @@ class Engine:
             worker_cls="attention_plugins.vllm_adapter.cpu_worker.CPUCompressionWorker",
             scheduler_cls="kvcache.vllm_adapter.scheduler.CompressionScheduler",
             additional_config={"longreach": {"keep_positions": True, "decode": decode or {}}},
+            **settings,
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler

@@ -42,6 +42,7 @@ class Alone(CompressionScheduler):
         )
         self.kv_cache_manager: Any = SimpleNamespace(block_pool=SimpleNamespace(num_gpu_blocks=blocks + 1))
         self.block_bytes = 1000
+        self.beside: Any = SimpleNamespace(managers=[], most_blocks=lambda tokens: 0)
         self.compressions = {}
         self.compression_totals = CompressionTotals()
         self.decode_settings = DecodeSettings(("recycled", "quest"))

@@ -1,0 +1,103 @@
+"""Every architecture of the zoo: starts, serves, compresses, and frees to the block."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.zoo import ZOO
+
+pytestmark = pytest.mark.engine
+PROMPT, PAGE = 650, 32
+RUN = [name for name, specimen in ZOO.items() if specimen.cpu]
+each = pytest.mark.parametrize("name", RUN)
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict[str, Any]]:
+    """What `tests.models.matrix` tells of each, in one process for all."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.matrix", *RUN],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    found = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"'))
+    rows = {row["name"]: row for row in found}
+    assert list(rows) and len(rows) == len(RUN), done.stderr[-4000:]
+    return rows
+
+
+@each
+def test_none_is_token_identical_to_stock_vllm(rows: dict[str, Any], name: str) -> None:
+    row = rows[name]
+    assert row["none"] == row["stock"]
+    assert row["again"] == row["stock"], "the second time from the prefix cache"
+    assert row["cached_tokens"] == PROMPT // PAGE * PAGE
+
+
+@each
+def test_the_full_attention_layers_are_compressed(rows: dict[str, Any], name: str) -> None:
+    specimen = ZOO[name]
+    assert rows[name]["layers"] == [f"model.layers.{index}.{specimen.attention}" for index in specimen.full]
+    layers = specimen.shape.get("num_hidden_layers", 3)
+    for done in rows[name]["policies"]:
+        others = done["usage"].get("other_layers", {"layers": 0})
+        assert others["layers"] == layers - len(specimen.full)
+
+
+@each
+def test_the_pool_holds_the_compressed_size_to_the_block(rows: dict[str, Any], name: str) -> None:
+    """After the prompt: what usage tells of the full-attention layers and of the others, and nothing else."""
+    row = rows[name]
+    for done in row["policies"]:
+        usage, size = done["usage"], row["block_bytes"]
+        freed, kept = usage["bytes_freed"] // size, usage["bytes_held"] // size
+        assert freed > 0
+        assert freed + kept == -(-PROMPT // PAGE)
+        others = usage.get("other_layers", {"bytes_held": 0})["bytes_held"] // size
+        assert others == row["beside"]
+        # Step 0 runs the prompt, step 1 compacts, and what it read is released with the step behind it.
+        assert done["held"][3] == kept + others
+        budget = done["words"]["budget"]
+        assert budget - PAGE < usage["kept_tokens"]["mean"] <= budget
+    assert row["leaked"] == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if ZOO[name].exact])
+def test_answers_are_transformers_with_evicted_columns_masked(rows: dict[str, Any], name: str) -> None:
+    row = rows[name]
+    assert row["reference"] == row["none"]
+    masked = [done for done in row["policies"] if done["words"]["policy"] != "expectedattention"]
+    assert len(masked) == 2
+    for done in masked:
+        assert done["tokens"] == done["masked"]
+        assert done["tokens"] != row["none"]
+
+
+@each
+def test_selectors_read_the_full_attention_layers(rows: dict[str, Any], name: str) -> None:
+    if not ZOO[name].selectors:
+        assert "selector" not in rows[name]
+        return
+    found = rows[name]["selector"]
+    assert found["steps"] == {"select": 23}
+    # Two pages hold all that Gemma 3's few heads look at; tests/models/test_hybrid.py reads it by the formula.
+    assert ZOO[name].quantised or name == "gemma3" or found["tokens"] != rows[name]["none"]
+
+
+@each
+def test_what_policies_lack_is_said(rows: dict[str, Any], name: str) -> None:
+    """Rotations that can't be undone are named; all others give Expected Attention what it needs."""
+    missing, ran = rows[name]["missing"], [done["words"]["policy"] for done in rows[name]["policies"]]
+    assert ("query moments" in missing) == (name == "phi3-longrope")
+    assert ("expectedattention" in ran) == (name != "phi3-longrope")
