@@ -1,4 +1,4 @@
-"""Write docs/policies/, docs/selectors.md, docs/patterns.md and their pages from their classes' own words: `make docs`.
+"""Write the pages of policies, selectors, patterns and models from what the source says: `make docs`.
 
 A test checks that the pages are current.
 """
@@ -14,8 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from attention_plugins.decode.registry import BUILT_IN as SELECTORS
 from attention_plugins.prefill.registry import BUILT_IN as PATTERNS
 from kvcache.registry import BUILT_IN, PARTS
+from server import rules
 from server.patterns import needs_of as pattern_needs
 from server.selectors import needs_of
+from tests.models.zoo import COMMON, ZOO, Specimen
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -103,7 +105,7 @@ def pages() -> dict[str, str]:
         keep_trailing_newline=True,
     )  # fmt: skip
     jinja.filters["arguments"] = arguments
-    return {**_policies(jinja), **_selectors(jinja), **_patterns(jinja)}
+    return {**_policies(jinja), **_selectors(jinja), **_patterns(jinja), **_models(jinja)}
 
 
 def _policies(jinja: Environment) -> dict[str, str]:
@@ -142,6 +144,24 @@ def _patterns(jinja: Environment) -> dict[str, str]:
         name = pattern["name"]
         found[f"patterns/{name}.md"] = page.render(pattern=pattern, needs=needs[name], speed=None, quality=None)
     return found
+
+
+def _models(jinja: Environment) -> dict[str, str]:
+    zoo = {name: _specimen(specimen) for name, specimen in ZOO.items()}
+    page = jinja.get_template("models.md.jinja")
+    return {"models.md": page.render(zoo=zoo, models=rules.MODELS, settings=rules.SETTINGS, works=rules.WORKS)}
+
+
+def _specimen(specimen: Specimen) -> dict[str, Any]:
+    shape = {**COMMON, **specimen.shape}
+    query, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    size = shape.get("head_dim", shape["hidden_size"] // query)
+    return {
+        "full": len(specimen.full),
+        "layers": shape["num_hidden_layers"],
+        "heads": f"{query}, {kv_heads}, {size}",
+        **{name: getattr(specimen, name) for name in ("dtype", "selectors", "exact", "cpu")},
+    }
 
 
 def main() -> None:

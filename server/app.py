@@ -24,6 +24,7 @@ from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.flags import in_flags
 from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
+from server.model_layers import full_layers
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
 from server.prefill_settings import pattern_desk
@@ -172,6 +173,11 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
         if "Engine core initialization failed" not in str(error):
             raise
         raise StartError("the engine didn't start; its own messages above say why") from error
+    try:
+        desks.policies.resize(config.cache_config.block_size)  # beside layers with a state, vLLM makes pages larger
+    except PolicyError as error:
+        engine.shutdown()
+        raise StartError(in_flags(error)) from None
     engine.desks = desks
     engine.metrics = CompressionMetrics(config.model_config.served_model_name)
     engine.decode_metrics = DecodeMetrics(config.model_config.served_model_name)
@@ -187,7 +193,7 @@ def _desks(args: Namespace, default: dict[str, Any], platform: Platform, config:
     """
     model = config.model_config
     shape = ModelShape(
-        model.get_total_num_hidden_layers(),
+        len(full_layers(config)),
         model.get_total_num_kv_heads(),
         config.parallel_config.tensor_parallel_size,
     )

@@ -35,8 +35,8 @@ USAGE = """usage: longreach COMMAND ...
         measure what some selectors have to know of a model
   eval run [SWEEP.yaml] --out DIR [--url URL | --model MODEL] | report DIR | docs SUMMARY.json
         measure what policies, selectors and patterns lose, on this or any other OpenAI endpoint
-  doctor
-        what this machine can run, and why not"""
+  doctor [MODEL] [any flag of serve]
+        what this machine can run, or what a model can use on it, and why not"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -306,11 +306,19 @@ def _eval(argv: list[str]) -> None:
 
 
 def _doctor(argv: list[str]) -> None:
-    argparse.ArgumentParser(prog="longreach doctor", description="Say what this machine can run.").parse_args(argv)
+    """Without a model, look at this machine; with one, at what it can use here."""
+    if argv in (["-h"], ["--help"]):
+        print("usage: longreach doctor [MODEL [flags of longreach serve]]\n\nSay what this machine can run, or what a "
+              "model can use on it, from its configuration alone.")  # fmt: skip
+        return
+    from server.doctor import examine, examine_model
 
-    from server.doctor import examine
-
-    findings = examine()
+    if argv:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        with _start_errors():
+            findings = examine_model(argv)
+    else:
+        findings = examine()
     with _reader_may_leave():
         for finding in findings:
             print(f"{'ok ' if finding.ok else 'NO '} {finding.text}")

@@ -1,12 +1,14 @@
-"""`longreach doctor`: what this machine can run, and why not."""
+"""`longreach doctor`: what this machine can run, what a model can use there, and why not."""
 
 from __future__ import annotations
 
 import os
 import platform as python_platform
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,74 @@ def examine() -> list[Finding]:
         findings.append(Finding(True, f"decode selectors: {', '.join(selectors())}"))
         findings.append(Finding(True, f"prefill patterns: {', '.join(patterns())}"))
     findings += [_plugin(), _embedded()]
+    return findings
+
+
+def examine_model(argv: list[str]) -> list[Finding]:
+    """Look at a model's configuration, none of its weights, by the rules that a start refuses by.
+
+    Args:
+        argv: as of `longreach serve`, with a model.
+
+    Raises:
+        StartError: the flags, or the model is none.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from server.arguments import parse, resolve_model
+    from server.errors import StartError, one_line
+    from server.platforms import detect, prepare
+    from server.refusals import refuse_args
+
+    platform = detect()
+    args = parse(argv, platform, "doctor")
+    if platform.unavailable:
+        return [Finding(False, f"KV-cache policies and decode selectors: {platform.unavailable}")]
+    refuse_args(args, compresses=True)
+    prepare(args, platform)
+    resolve_model(args)
+    args.skip_tokenizer_init = True
+    try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
+    return [*_describe(config), *_features(config, platform.name)]
+
+
+def _describe(config: Any) -> list[Finding]:
+    """What the model is."""
+    from server.model_layers import layer_kinds
+
+    model, kinds = config.model_config, Counter(layer_kinds(config))
+    layers = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    heads, kv_heads = model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads()
+    return [
+        Finding(True, f"{model.architectures[0]}: {sum(kinds.values())} layers ({layers})"),
+        Finding(True, f"{heads} query heads on {kv_heads} KV heads of {model.get_head_size()}, {model.dtype}"),
+        Finding(True, f"budgets are limits in whole pages, {_page(config)}"),
+    ]
+
+
+def _page(config: Any) -> str:
+    if config.model_config.is_hybrid:
+        return "which vLLM makes as large as a linear layer's state: a start tells"
+    return f"of {config.cache_config.block_size} tokens"
+
+
+def _features(config: Any, platform: str) -> list[Finding]:
+    """What it can use, and why not the rest."""
+    from attention_plugins.decode.registry import selectors
+    from kvcache.registry import policies
+    from server.model_layers import full_layers
+    from server.rules import POLICIES, SELECTORS, refused
+
+    number, findings = len(full_layers(config)), []
+    for feature, names in ((POLICIES, policies()), (SELECTORS, selectors())):
+        if rules := refused(config, platform, feature):
+            told = "; ".join(rule.told(config, platform) for rule in rules)
+            findings.append(Finding(False, f"{feature}: not with {told}", needed=feature == POLICIES))
+        else:
+            findings.append(Finding(True, f"{feature}, on {number} full-attention layers: {', '.join(names)}"))
     return findings
 
 

@@ -71,6 +71,15 @@ class PolicyDesk:
         self._check_gates()
         self.default = self.check(default)
 
+    def resize(self, page_size: int) -> None:
+        """Take the running engine's pages for true.
+
+        Raises:
+            PolicyError: the server's own policy has too small a budget for them.
+        """
+        self.page_size = page_size
+        self.default = self.check(self.default)
+
     def lacks(self, missing: Mapping[str, str]) -> None:
         """Refuse policies that need evidence which this server's model doesn't give.
 

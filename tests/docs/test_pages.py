@@ -16,6 +16,7 @@ from kvcache.allocators.gates import GateHeads
 from kvcache.method import Method
 from kvcache.policies.base import Policy
 from kvcache.registry import BUILT_IN, HEADS, LAYERS
+from server import rules
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -32,7 +33,7 @@ def build() -> ModuleType:
 def test_pages_are_current(build: ModuleType) -> None:
     """When this fails: `make docs`."""
     folders = [page for folder in ("policies", "selectors", "patterns") for page in (DOCS / folder).glob("*.md")]
-    pages = [*folders, DOCS / "selectors.md", DOCS / "patterns.md"]
+    pages = [*folders, DOCS / "selectors.md", DOCS / "patterns.md", DOCS / "models.md"]
     written = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in pages}
     assert written == build.pages()
 
@@ -69,3 +70,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_selector_has_a_formula(selector: type[Method], build: ModuleType) -> None:
     formula = selector.describe()["formula"]
     assert formula and f"```text\n{formula}\n```" in build.pages()[f"selectors/{selector.name}.md"]
+
+
+@pytest.mark.parametrize("feature", rules.WORKS)
+def test_features_that_work_have_a_test(feature: str) -> None:
+    assert (DOCS.parent / rules.WORKS[feature]).exists()
+
+
+def test_every_rule_says_what_to_change_or_why() -> None:
+    for rule in (*rules.MODELS, *rules.SETTINGS):
+        assert rule.flag or rule.change or rule.why or rule.name.startswith("models that"), rule.name

@@ -112,6 +112,16 @@ def test_responses_api_plain_and_streaming(client: OpenAI) -> None:
     assert completed.output_text == plain.output_text
 
 
+def test_structured_output_over_a_compressed_prompt(client: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"key": {"type": "integer"}}, "required": ["key"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "key", "schema": schema, "strict": True}}
+    answer = ask(client, {"policy": "snapkv", "budget": 400}, response_format=form, max_tokens=40, logprobs=True)
+    assert isinstance(json.loads(answer.choices[0].message.content)["key"], int)
+    assert answer.choices[0].logprobs.content
+    assert usage_of(answer)["bytes_freed"] > 0
+
+
 def test_tool_calls_work_over_a_compressed_prompt(client: OpenAI) -> None:
     tool = {
         "type": "function",

@@ -30,7 +30,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from tests.models.zoo import MAX_LEN, VOCABULARY, ZOO, Specimen, write
 from tests.reference import Reference
 
-POLICIES: list[dict[str, Any]] = [{"policy": "snapkv", "budget": 320}, {"policy": "pyramidkv", "budget": 256}]
+POLICIES: list[dict[str, Any]] = [{"policy": "snapkv", "budget": 320}, {"policy": "pyramidkv", "budget": 288}]
 MOMENTS = {"policy": "expectedattention", "budget": 320}
 SELECTOR = {"selector": "quest", "tokens": 64, "min_context": 0}
 PROMPT, ANSWER, BLOCKS = 650, 24, 240

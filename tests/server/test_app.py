@@ -189,7 +189,7 @@ def test_an_address_in_use_is_told_before_the_engine_starts(
     [
         ({**LLAMA, "architectures": ["NoSuchForCausalLM"]}, (), StartError, "can't be served: .*NoSuchForCausalLM"),
         (LLAMA, ("--max-model-len", "9999"), StartError, "can't be served: .*9999"),
-        (MISTRAL, (), Unsupported, "sliding-window"),
+        (MISTRAL, (), Unsupported, "models without a full-attention layer"),
         (LLAMA, ("--block-size", "64"), StartError, "--kv-budget: 110 is too small"),
     ],
     ids=["architecture", "length", "refused", "budget"],
@@ -208,10 +208,14 @@ def test_models_that_cannot_be_served(
 
 def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=32),
+        cache_config=SimpleNamespace(block_size=32, sliding_window=None),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         model_config=SimpleNamespace(
-            served_model_name="m", get_total_num_hidden_layers=lambda: 2, get_total_num_kv_heads=lambda: 1
+            served_model_name="m",
+            get_total_num_hidden_layers=lambda: 2,
+            get_total_num_kv_heads=lambda: 1,
+            is_attention_free=False,
+            hf_text_config=SimpleNamespace(),
         ),
     )
     monkeypatch.setattr("server.app.AsyncEngineArgs.create_engine_config", lambda *_, **__: config)
@@ -281,7 +285,7 @@ def test_the_configuration_is_refused_as_on_its_platform(
     args = parse(str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init", "--port", str(free_port()))
     args.block_size = 32
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    with pytest.raises(Unsupported, match="Model Runner V1 on this platform"):
+    with pytest.raises(Unsupported, match="vLLM's other model runner"):
         asyncio.run(serve(args, {"policy": "none"}, Platform("cuda", None)))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server import doctor
-from server.doctor import Finding, examine
+from server.doctor import Finding, examine, examine_model
 from server.embedded import EmbeddedModelError
+from server.errors import StartError
 from server.platforms import NO_DEVICE, Platform
 
 
@@ -100,3 +103,59 @@ def missing() -> Path | None:
 def test_the_embedded_model(monkeypatch: pytest.MonkeyPatch, find: Callable[[], Path | None], finding: Finding) -> None:
     monkeypatch.setattr("server.embedded.find_embedded_model", find)
     assert finding in examine()
+
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256, "max_position_embeddings": 512,
+}  # fmt: skip
+LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+GEMMA2 = {**TINY, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 128}
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, bool]]:
+    """Findings on a model that is a configuration and nothing else."""
+    from vllm.model_executor.models import registry
+
+    # vLLM asks each model class for its features in a process of its own (10 s each).
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
+
+    def run(content: dict[str, Any], *flags: str) -> dict[str, bool]:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return {finding.text: finding.ok for finding in examine_model([str(tmp_path), *flags])}
+
+    return run
+
+
+def test_a_model_that_can_use_everything(examined: Callable[..., dict[str, bool]]) -> None:
+    found = examined(LLAMA)
+    assert all(found.values())
+    text = "\n".join(found)
+    for line in ("LlamaForCausalLM: 4 layers (4 full attention)", "4 query heads on 2 KV heads of 64", "pages of 32"):
+        assert line.removeprefix("pages ") in text
+    assert "KV-cache policies, on 4 full-attention layers: streamingllm" in text
+    assert "decode selectors, on 4 full-attention layers: " in text
+
+
+def test_a_model_that_can_use_some(examined: Callable[..., dict[str, bool]]) -> None:
+    found = examined(GEMMA2)
+    text = "\n".join(found)
+    assert "Gemma2ForCausalLM: 4 layers (2 sliding window, 2 full attention)" in text
+    assert "KV-cache policies, on 2 full-attention layers: " in text
+    assert [line for line, ok in found.items() if not ok] == [
+        "decode selectors: not with soft caps on attention logits (--decode-selectors none does without)"
+    ]
+
+
+def test_a_setting_that_nothing_works_with(examined: Callable[..., dict[str, bool]]) -> None:
+    refused = [line for line, ok in examined(LLAMA, "--pipeline-parallel-size", "2").items() if not ok]
+    assert refused == [
+        f"{feature}: not with pipeline parallel (--pipeline-parallel-size)"
+        for feature in ("KV-cache policies", "decode selectors")
+    ]
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="holds no model"):
+        examine_model([str(tmp_path)])

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from server import rules
 from server.errors import StartError
+from server.model_layers import CHUNKED, FULL, SLIDING, full_layers, layer_kinds
 from server.refusals import Unsupported, refuse_args, refuse_config
+from tests.models.zoo import COMMON, MAX_LEN, ZOO
 
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -24,6 +28,14 @@ GRANITE = {
 }  # fmt: skip
 GEMMA = {
     **TINY, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 128, "head_dim": 32,
+}  # fmt: skip
+LLAMA4 = {
+    **TINY, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 128,
+    "num_local_experts": 2, "head_dim": 32,
+}  # fmt: skip
+FALCON_H1 = {
+    **TINY, "model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"], "mamba_d_ssm": 64, "mamba_n_heads": 2,
+    "mamba_d_head": 32,
 }  # fmt: skip
 Configure = Callable[..., Any]
 RUNNERS = {"cpu": "0", "cuda": "1"}
@@ -82,11 +94,16 @@ def cache(platform: str, dtype: str) -> str:
         (MISTRAL, {"disable_sliding_window": True}),
         (GEMMA, {"disable_sliding_window": True}),
         ({**MISTRAL, "sliding_window": None}, {}),
-        ({**GRANITE, "attention_sinks": False}, {}),
+        (GRANITE, {}),
+        (GEMMA, {}),
+        ({**TINY, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4,
+          "sliding_window": 128, "head_dim": 32}, {}),
+        ({**LLAMA4, "layer_types": ["chunked_attention", "full_attention"]}, {}),
     ],
-    ids=["llama", "bfloat16-cache", "qwen2", "mistral-no-window", "gemma-no-window", "mistral-v0.3", "granite"],
+    ids=["llama", "bfloat16-cache", "qwen2", "mistral-no-window", "gemma-no-window", "mistral-v0.3", "granite",
+         "gemma2", "gpt-oss", "llama4"],
 )  # fmt: skip
-def test_full_attention_decoders_are_served(configure: Configure, content: Any, engine_args: Any) -> None:
+def test_decoders_with_full_attention_are_served(configure: Configure, content: Any, engine_args: Any) -> None:
     config = configure(content, **engine_args)
     for platform in RUNNERS:
         refuse(config, platform)
@@ -95,13 +112,10 @@ def test_full_attention_decoders_are_served(configure: Configure, content: Any, 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (MISTRAL, "sliding-window or chunked attention"),
-        (GEMMA, "sliding-window or chunked attention"),
-        ({**TINY, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 128,
-          "num_local_experts": 2, "head_dim": 32}, "sliding-window or chunked attention"),
-        ({**TINY, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4,
-          "sliding_window": 128, "head_dim": 32}, "sliding-window or chunked attention; learned attention sinks"),
-        (GRANITE, "learned attention sinks"),
+        (MISTRAL, "models without a full-attention layer"),
+        (LLAMA4, "models without a full-attention layer"),
+        ({**GEMMA, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+         "more full-attention layers than others, in several KV cache groups"),
         ({**TINY, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 32,
           "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4,
           "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
@@ -110,15 +124,14 @@ def test_full_attention_decoders_are_served(configure: Configure, content: Any, 
           "vocab_size": 256}, "ALiBi"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
           "vocab_size": 256, "state_size": 16, "intermediate_size": 128, "time_step_rank": 4, "conv_kernel": 4},
-         "hybrid and attention-free models"),
-        ({**TINY, "model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"], "mamba_d_ssm": 64,
-          "mamba_n_heads": 2, "mamba_d_head": 32}, "hybrid and attention-free models"),
+         "models without a full-attention layer"),
         ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 64,
           "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
           "vocab_size": 256, "max_target_positions": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-          "decoder_start_token_id": 1}, "encoder-decoder models; multi-modal models"),
+          "decoder_start_token_id": 1},
+         "encoder-decoder models; multi-modal models (a checkpoint of its text model is served)"),
     ],
-    ids=["mistral", "gemma2", "llama4", "gpt-oss", "granite", "deepseek", "bloom", "mamba", "falcon-h1", "whisper"],
+    ids=["mistral", "llama4", "several-groups", "deepseek", "bloom", "mamba", "whisper"],
 )  # fmt: skip
 def test_models_are_refused_by_name(configure: Configure, content: Any, what: str) -> None:
     config = configure(content)
@@ -129,7 +142,7 @@ def test_models_are_refused_by_name(configure: Configure, content: Any, what: st
 @pytest.mark.parametrize(
     ("engine_args", "what"),
     [
-        ({"runner": "pooling"}, "models that don't generate text (runner pooling)"),
+        ({"runner": "pooling"}, "models that don't generate text"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
          "speculative decoding (--speculative-config)"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -160,26 +173,88 @@ def test_features_of_gpus_are_refused_on_cpus(configure: Configure, engine_args:
     refuse(config, "cuda")
 
 
-def test_selectors_do_not_know_soft_caps(configure: Configure) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(GEMMA, "soft caps on attention logits"), (GRANITE, "learned attention sinks")],
+    ids=["gemma2", "granite"],
+)
+def test_selectors_do_not_know_all_that_policies_do(configure: Configure, content: Any, what: str) -> None:
     for selectors in ([], ["tidal"]):
         settings = {"longreach": {"decode": {"selectors": selectors}}}
-        config = configure(GEMMA, disable_sliding_window=True, additional_config=settings)
+        config = configure(content, additional_config=settings)
         for platform in RUNNERS:
             if selectors:
-                assert "soft cap (--decode-selectors none does without)" in refused(config, platform)
+                found = refused(config, platform)
+                assert found == f"decode selectors with {what} (--decode-selectors none does without)"
             else:
                 refuse(config, platform)
 
 
+def test_linear_layers_are_served_on_cpus_alone(configure: Configure) -> None:
+    config = configure(FALCON_H1)
+    assert refused(config, "cuda") == "linear or Mamba layers on GPUs"
+    refuse(config, "cpu")
+
+
+def test_weights_that_cpus_have_no_kernel_for(configure: Configure) -> None:
+    quantised = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
+    config = configure({**LLAMA, **quantised})
+    assert refused(config, "cpu") == "FP8 weights on CPUs"
+    refuse(config, "cuda")
+
+
+def test_hybrid_models_need_vllms_hybrid_cache(configure: Configure) -> None:
+    config = configure(GEMMA, disable_hybrid_kv_cache_manager=True)
+    for platform in RUNNERS:
+        found = refused(config, platform)
+        assert found == "one KV cache for all kinds of layers (--disable-hybrid-kv-cache-manager)"
+
+
+@pytest.mark.parametrize(
+    ("content", "engine_args", "kinds"),
+    [
+        (LLAMA, {}, [FULL, FULL]),
+        (MISTRAL, {}, [SLIDING, SLIDING]),
+        (MISTRAL, {"disable_sliding_window": True}, [FULL, FULL]),
+        (GEMMA, {}, [SLIDING, FULL]),
+        (GEMMA, {"disable_sliding_window": True}, [FULL, FULL]),
+        (LLAMA4, {}, [CHUNKED, CHUNKED]),
+        (FALCON_H1, {}, [FULL, FULL]),
+    ],
+)
+def test_kinds_of_layers(configure: Configure, content: Any, engine_args: Any, kinds: list[str]) -> None:
+    config = configure(content, **engine_args)
+    assert layer_kinds(config) == kinds
+    assert full_layers(config) == [index for index, kind in enumerate(kinds) if kind == FULL]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoos_layers_are_told_from_their_configurations(configure: Configure, name: str) -> None:
+    """The engine's own are looked at in tests/models."""
+    specimen = ZOO[name]
+    make = getattr(transformers, f"{specimen.kind}Config")
+    content = make(**{**COMMON, **specimen.shape}, architectures=[f"{specimen.kind}ForCausalLM"]).to_dict()
+    content["architectures"] = [content["architectures"][0].replace("Text", "")]
+    config = configure(content, max_model_len=MAX_LEN, dtype="bfloat16")
+    assert tuple(full_layers(config)) == specimen.full
+    if specimen.cpu:
+        refuse(config, "cpu")
+    else:
+        refused(config, "cpu")
+    found = [rule for rule in rules.refused(config, "cpu", rules.SELECTORS) if rules.POLICIES not in rule.refuses]
+    assert bool(found) == (not specimen.selectors)
+
+
 def test_each_platform_has_its_model_runner(configure: Configure) -> None:
     config = configure(LLAMA)
-    assert refused(config, "cpu", runner="1") == "Model Runner V2 on this platform (VLLM_USE_V2_MODEL_RUNNER)"
-    assert refused(config, "cuda", runner="0") == "Model Runner V1 on this platform (VLLM_USE_V2_MODEL_RUNNER)"
+    assert refused(config, "cpu", runner="1") == "vLLM's other model runner (VLLM_USE_V2_MODEL_RUNNER)"
+    assert refused(config, "cuda", runner="0") == "vLLM's other model runner (VLLM_USE_V2_MODEL_RUNNER)"
 
 
 @pytest.mark.parametrize(
     ("part", "attribute", "value", "what"),
     [
+        ("model_config", "enable_sleep_mode", True, "sleep mode (--enable-sleep-mode)"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode context parallel"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallel"),
         ("parallel_config", "enable_dbo", True, "dual batch overlap (--enable-dbo)"),
@@ -203,7 +278,7 @@ def test_everything_wrong_is_named_at_once(configure: Configure) -> None:
     config = configure(MISTRAL, pipeline_parallel_size=2)
     message = refused(config, "cuda")
     assert message == refused(config, "cpu")
-    assert message == "sliding-window or chunked attention; pipeline parallel (--pipeline-parallel-size)"
+    assert message == "models without a full-attention layer; pipeline parallel (--pipeline-parallel-size)"
     assert issubclass(Unsupported, StartError)
 
 
