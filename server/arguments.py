@@ -14,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.decode_settings import add_decode_flags
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from server.embedded_models import NAMED, SMOLLM2
 from server.errors import StartError, one_line
 from server.platforms import NO_DEVICE, Platform, stand_in
 from server.prefill_settings import add_prefill_flags
@@ -80,15 +81,16 @@ def parse(argv: list[str], platform: Platform, command: str = "serve") -> Namesp
 
 
 def resolve_model(args: Namespace) -> None:
-    """Put the embedded model where none is named, with its name and a small KV cache; unpacks it the first time.
+    """Put an embedded model where it, or none, is named, with its name and a small KV cache; unpacks it the first time.
 
     Raises:
         StartError: the model is a folder that doesn't exist or holds none.
         EmbeddedModelError: the embedded model can't be provided.
     """
-    if args.model is None:
-        args.model = str(ensure_embedded_model())
-        args.served_model_name = args.served_model_name or [EMBEDDED_MODEL_NAME]
+    if args.model is None or (args.model in NAMED and not Path(args.model).exists()):
+        model = SMOLLM2 if args.model is None else NAMED[args.model]
+        args.model = str(ensure_embedded_model() if model is SMOLLM2 else ensure_embedded_model(model=model))
+        args.served_model_name = args.served_model_name or [model.name]
         sized: list[Any] = [args.kv_cache_memory_bytes, args.num_gpu_blocks_override]
         if sized == [None, None] and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
             args.kv_cache_memory_bytes = EMBEDDED_CACHE_BYTES

@@ -1,4 +1,4 @@
-"""From SmolLM2's GGUF file to a transformers checkpoint in bfloat16."""
+"""From the GGUF file of an embedded model to a transformers checkpoint in bfloat16."""
 
 from __future__ import annotations
 
@@ -33,6 +33,35 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _told(gguf: Path) -> dict[str, Any]:
+    """What the file says of its tokenizer, by keys without `tokenizer.ggml.`."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(gguf)).fields
+    told = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("pre", "add_bos_token")}
+    return {name: field.contents() for name, field in told.items() if field is not None}
+
+
+def _complete(tokenizer: Any, told: dict[str, Any]) -> None:
+    """Add what transformers doesn't read of it, in place."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tokenizers.processors import TemplateProcessing
+
+    if told.get("pre") == "smollm":
+        # It reads the merges but not this: digits are split off one by one before anything else. Without it, white
+        # space before a number is cut otherwise than the model was trained on.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    if told.get("add_bos_token"):  # without it Gemma babbles
+        first = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A",
+            pair=f"{first} $A {first}:1 $B:1",
+            special_tokens=[(first, tokenizer.bos_token_id)],
+        )
+
+
 def convert(gguf: Path, folder: Path, progress: tqdm[Any], title: str) -> None:
     """Write the GGUF's tokenizer, weights (dequantized to bfloat16) and configurations to an existing folder.
 
@@ -47,18 +76,13 @@ def convert(gguf: Path, folder: Path, progress: tqdm[Any], title: str) -> None:
     """
     progress.set_description(f"{title}: read tokenizer")
     import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     with _quiet_transformers():
         source = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-        # transformers reads the merges but not `tokenizer.ggml.pre = smollm`: digits are split off one by one before
-        # anything else. Without it, white space before a number is cut otherwise than the model was trained on.
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
+        _complete(tokenizer, _told(gguf))
         progress.update()
 
         progress.set_description(f"{title}: read weights")

