@@ -16,8 +16,10 @@ from vllm.v1.request import Request
 from kvcache.vllm_adapter.manager import CompressibleAttentionManager
 
 Sharing = Callable[[Request], tuple[int | None, int | None]]
-"""How many of a request's tokens others may share (None: all), and where a hit of the same request would end (None:
-with its prompt)."""
+"""How many of a request's tokens others may share (None: all), and where a hit of the same request would end (None: the
+request isn't compacted)."""
+USUAL_WINDOW = 64
+"""Last tokens that a policy may want to watch: a hit of the same prompt, compacted, ends before them."""
 
 
 def compressible_manager(coordinator: KVCacheCoordinator) -> CompressibleAttentionManager:
@@ -79,13 +81,14 @@ class LayersBeside:
             tokens = num_computed_tokens if most is None else min(num_computed_tokens, most)
             eagle = bool(coordinator.eagle_group_ids)
             ends = replay_boundaries(request.num_prompt_tokens, coordinator.scheduler_block_size, eagle)
+            ends = (*ends, max(0, request.num_prompt_tokens - USUAL_WINDOW if end is None else end))
             for group, manager in enumerate(coordinator.single_type_managers):
                 if manager.enable_caching:
                     manager.cache_blocks(
                         request,
                         coordinator.get_num_cacheable_tokens(tokens, group),
                         retention_interval=coordinator.retention_interval,
-                        replay_boundaries=ends if end is None else (*ends, end),
+                        replay_boundaries=ends,
                     )
 
         coordinator.cache_blocks = cache_blocks

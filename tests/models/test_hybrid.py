@@ -73,6 +73,18 @@ def test_a_cut_prefix_hit_leaves_sliding_layers_their_window(engine: Engine, len
     assert same_kept(warm, cold)
 
 
+@pytest.mark.parametrize("length", [640, 650, 700])
+def test_a_compacted_request_finds_a_dense_ones_prompt(engine: Engine, length: int) -> None:
+    prompt = prompt_of(length)
+    (cold,) = engine.run([Job(prompt, SNAPKV, max_tokens=24)])
+    engine.forget_prefixes()
+    engine.run([Job(prompt)])
+    (warm,) = engine.run([Job(prompt, SNAPKV, max_tokens=24)])
+    assert warm.cached_tokens == (length - 32) // PAGE * PAGE
+    assert warm.tokens == cold.tokens
+    assert same_kept(warm, cold)
+
+
 @pytest.mark.parametrize("extra", [{"words": SNAPKV}, {"decode": QUEST}], ids=["compacted", "selected"])
 def test_answers_that_saw_less_are_never_shared(keeping: Engine, extra: dict[str, Any]) -> None:
     """Not by the sliding layers either: a dense request may fill the full-attention layers under the same hashes."""
