@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 SNAPKV = {"policy": "snapkv", "budget": 160}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA of the tiny model's attention, large enough to change every answer."""
     folder = tmp_path_factory.mktemp("lora")
@@ -34,8 +34,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(tiny_model: Path) -> Engine:
+    """For as long as the others' engine: vLLM tears the process groups of all down with the first that ends."""
     return Engine(str(tiny_model), blocks=400, max_model_len=2048, enable_lora=True, max_lora_rank=8,
                   scheduling_policy="priority")  # fmt: skip
 

@@ -21,6 +21,7 @@ from server.arguments import EMBEDDED_CACHE_BYTES, resolve_model
 from server.cli import main
 from server.doctor import Finding
 from server.embedded import EMBEDDED_MODEL_NAME, EmbeddedModelError
+from server.embedded_models import GEMMA3, EmbeddedModel
 from server.errors import StartError
 from server.platforms import NO_DEVICE, Platform
 
@@ -141,6 +142,28 @@ def test_the_embedded_models_defaults_give_way(
     args = parse(*argv)
     resolve_model(args)
     assert (args.kv_cache_memory_bytes, args.served_model_name[0]) == (size, name)
+
+
+def test_a_named_embedded_model(parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless there is a folder of that name."""
+    asked: list[EmbeddedModel] = []
+
+    def unpack(model: EmbeddedModel) -> Path:
+        asked.append(model)
+        return tmp_path
+
+    monkeypatch.setattr("server.arguments.ensure_embedded_model", unpack)
+    args = parse("gemma3-270m")
+    resolve_model(args)
+    assert (args.model, args.served_model_name) == (str(tmp_path), ["gemma3-270m"])
+    assert args.kv_cache_memory_bytes == EMBEDDED_CACHE_BYTES
+    assert asked == [GEMMA3]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gemma3-270m").mkdir()
+    (tmp_path / "gemma3-270m" / "config.json").write_text("{}")
+    args = parse("gemma3-270m")
+    resolve_model(args)
+    assert args.model == "gemma3-270m" and asked == [GEMMA3]
 
 
 @pytest.mark.parametrize(
