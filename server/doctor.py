@@ -112,12 +112,13 @@ def _page(config: Any) -> str:
 def _features(config: Any, platform: str) -> list[Finding]:
     """What it can use, and why not the rest."""
     from attention_plugins.decode.registry import selectors
+    from attention_plugins.prefill.registry import patterns
     from kvcache.registry import policies
     from server.model_layers import full_layers
-    from server.rules import POLICIES, SELECTORS, refused
+    from server.rules import PATTERNS, POLICIES, SELECTORS, refused
 
     number, findings = len(full_layers(config)), []
-    for feature, names in ((POLICIES, policies()), (SELECTORS, selectors())):
+    for feature, names in ((POLICIES, policies()), (SELECTORS, selectors()), (PATTERNS, patterns())):
         if rules := refused(config, platform, feature):
             told = "; ".join(rule.told(config, platform) for rule in rules)
             findings.append(Finding(False, f"{feature}: not with {told}", needed=feature == POLICIES))

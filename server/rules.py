@@ -1,4 +1,4 @@
-"""What policies and selectors can't be used with: one list, for refusals at start-up, `longreach doctor` and docs."""
+"""What policies, selectors and patterns can't be used with: one list, for refusals at start-up, `longreach doctor` and docs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from server.model_layers import CHUNKED, FULL, LINEAR, SLIDING, layer_kinds
 
-POLICIES, SELECTORS = "KV-cache policies", "decode selectors"
+POLICIES, SELECTORS, PATTERNS = "KV-cache policies", "decode selectors", "prefill patterns"
 CACHES = {"cpu": ("auto", "float16", "bfloat16"), "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")}
 
 
@@ -28,7 +28,7 @@ class Rule:
     name: str
     found: Callable[[Any, str], bool]
     change: str = ""
-    refuses: tuple[str, ...] = (POLICIES, SELECTORS)
+    refuses: tuple[str, ...] = (POLICIES, SELECTORS, PATTERNS)
     flag: str = ""
     why: str = ""
 
@@ -101,10 +101,10 @@ MODELS: tuple[Rule, ...] = (
          getattr(_text(config), "global_head_dim", None)) and _mixed(config),
          why="vLLM pads or rescales pages then"),
     Rule("ALiBi", lambda config, _: config.model_config.uses_alibi, why="distances change when tokens leave the cache"),
-    Rule("learned attention sinks", _has_sinks, "--decode-selectors none does without", (SELECTORS,),
-         why="readers' kernels have no sink; policies' attention has"),
+    Rule("learned attention sinks", _has_sinks, "--decode-selectors none does without", (SELECTORS, PATTERNS),
+         why="readers and estimators have no sink; policies' attention has"),
     Rule("soft caps on attention logits", _caps_logits,
-         "--decode-selectors none does without", (SELECTORS,), why="readers' kernels have no cap"),
+         "--decode-selectors none does without", (SELECTORS, PATTERNS), why="readers and estimators have no cap"),
     Rule("FP8 weights on CPUs", lambda config, platform: platform == "cpu"
          and config.model_config.quantization == "fp8", why="vLLM's CPU build has no kernel for them"),
 )  # fmt: skip
@@ -158,5 +158,5 @@ WORKS: dict[str, str] = {
 
 
 def refused(config: Any, platform: str, feature: str) -> list[Rule]:
-    """Why a feature, `POLICIES` or `SELECTORS`, can't be used with this configuration."""
+    """Why a feature, `POLICIES`, `SELECTORS` or `PATTERNS`, can't be used with this configuration."""
     return [rule for rule in (*MODELS, *SETTINGS) if feature in rule.refuses and rule.found(config, platform)]

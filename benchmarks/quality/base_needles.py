@@ -34,6 +34,9 @@ class Continued:
     def __call__(self, text: str, **kwargs: Any) -> Any:
         return self.tokenizer(text, **kwargs)
 
+    def decode(self, ids: Any, **kwargs: Any) -> Any:
+        return self.tokenizer.decode(ids, **kwargs)
+
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> str:
         return str(conversation[0]["content"])
 

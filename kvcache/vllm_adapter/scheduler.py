@@ -75,7 +75,8 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         self.compression_totals = CompressionTotals()
         self.prefills: dict[str, _Prefill] = {}
         self.prefill_totals = PrefillTotals()
-        self.num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
+        groups = zip(coordinator.single_type_managers, self.kv_cache_config.kv_cache_groups, strict=True)
+        (self.num_layers,) = (len(group.layer_names) for manager, group in groups if manager is self.kv_blocks)
         self.decode_settings = DecodeSettings.of(self.vllm_config.additional_config)
         page_size = self.kv_blocks.block_size
         capacity = score_capacity(self.kv_cache_config.num_blocks, page_size, self.max_model_len)
@@ -139,19 +140,22 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         """A hit must leave to be computed what observers watch: queries are cached nowhere. Where a pattern plans, it
         ends with a whole block of queries."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        limit = self._hit_limit(request, num_tokens)
+        limit = self._hit_limit(request)
+        limit = num_tokens if limit is None else min(limit, num_tokens)
+        if self._planned(request):
+            limit -= limit % ROWS
         if num_tokens > limit:  # found again: layers that slide need other blocks for less
             manager = self.kv_cache_manager
             found, num_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, limit)
             blocks = manager.create_kv_cache_blocks(found)
         return blocks, num_tokens, boundary, diverged
 
-    def _hit_limit(self, request: Request, num_tokens: int) -> int:
-        """Tokens of a request that may come from the prefix cache, of those that it has."""
+    def _hit_limit(self, request: Request) -> int | None:
+        """Tokens of a request that may come from the prefix cache, for its policy's sake; None: all."""
         compression = self.compressions[request.request_id]
-        if compression.plan and compression.policy:
-            num_tokens = min(num_tokens, compression.policy.first_query(compression.plan.prompt_len))
-        return num_tokens - num_tokens % ROWS if self._planned(request) else num_tokens
+        if compression.plan is None or compression.policy is None:
+            return None
+        return compression.policy.first_query(compression.plan.prompt_len)
 
     def _planned(self, request: Request) -> bool:
         prefill = self.prefills.get(request.request_id)
