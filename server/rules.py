@@ -1,4 +1,4 @@
-"""What policies, selectors and patterns can't be used with: one list, for refusals at start-up, `longreach doctor` and docs."""
+"""What policies, selectors and patterns can't be used with: one list, for refusals, `longreach doctor` and docs."""
 
 from __future__ import annotations
 

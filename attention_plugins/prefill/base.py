@@ -158,7 +158,8 @@ class Plan:
 class PatternArgs(Arguments):
     """Arguments that every pattern takes. Unknown fields are errors."""
 
-    min_context: int = Field(32768, ge=0, description="Chunks that see fewer tokens are attended densely.")
+    # Measured: docs/results.md, "CUDA: sparse prefill".
+    min_context: int = Field(16384, ge=0, description="Chunks that see fewer tokens are attended densely.")
     dense_layers: int = Field(0, ge=0, description="First layers, which are attended densely.")
 
 

@@ -38,6 +38,7 @@ class HiP(Pattern):
     chunk_exact = True
 
     class Args(PatternArgs):
+        min_context: int = Field(32768, ge=0, description="Chunks that see fewer tokens are attended densely.")
         dense_layers: int = Field(3, ge=0, description="First layers, which are attended densely.")
         sinks: int = Field(256, ge=1, description="First tokens that every query sees.")
         window: int = Field(1024, ge=CHUNK, description="Last tokens that every query sees.")

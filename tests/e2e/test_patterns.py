@@ -44,7 +44,7 @@ def test_a_part_of_the_attention_finds_the_key(client: OpenAI, words: dict[str, 
 
 def test_short_prompts_are_attended_whole(client: OpenAI) -> None:
     usage = ask(client, {"pattern": "xattention"}).usage.model_extra["prefill_attention"]
-    assert usage["density"] == {"mean": 1.0} and usage["min_context"] == 32768
+    assert usage["density"] == {"mean": 1.0} and usage["min_context"] == 16384
 
 
 def test_with_a_policy_and_a_selector_all_are_told_in_a_stream_too(server: Server) -> None:

@@ -144,7 +144,8 @@ def test_a_model_that_can_use_some(examined: Callable[..., dict[str, bool]]) -> 
     assert "Gemma2ForCausalLM: 4 layers (2 sliding window, 2 full attention)" in text
     assert "KV-cache policies, on 2 full-attention layers: " in text
     assert [line for line, ok in found.items() if not ok] == [
-        "decode selectors: not with soft caps on attention logits (--decode-selectors none does without)"
+        f"{feature}: not with soft caps on attention logits (--decode-selectors none does without)"
+        for feature in ("decode selectors", "prefill patterns")
     ]
 
 
@@ -152,7 +153,7 @@ def test_a_setting_that_nothing_works_with(examined: Callable[..., dict[str, boo
     refused = [line for line, ok in examined(LLAMA, "--pipeline-parallel-size", "2").items() if not ok]
     assert refused == [
         f"{feature}: not with pipeline parallel (--pipeline-parallel-size)"
-        for feature in ("KV-cache policies", "decode selectors")
+        for feature in ("KV-cache policies", "decode selectors", "prefill patterns")
     ]
 
 

@@ -33,7 +33,7 @@ def test_words_are_checked_and_completed() -> None:
     desk = PatternDesk()
     assert desk.default == desk.check({"pattern": "dense"}) == {"pattern": "dense"}
     words = desk.check({"pattern": "xattention", "stride": 16})
-    assert (words["stride"], words["threshold"], words["min_context"]) == (16, 0.9, 32768)
+    assert (words["stride"], words["threshold"], words["min_context"]) == (16, 0.9, 16384)
     delta = desk.check({"pattern": "delta", "base": {"pattern": "anchor", "min_context": 100}})
     assert delta["base"]["pattern"] == "anchor" and delta["base"]["step"] == 16
 
