@@ -57,6 +57,8 @@ def build(folder: Path, specimen: Specimen, device: str, *, ours: bool) -> LLM:
         settings["attention_backend"] = "CUSTOM"
     if specimen.quantised:
         settings["load_format"] = "dummy"
+    if device == "cuda":
+        settings["gpu_memory_utilization"] = 0.1  # others may use the GPU, too
     return LLM(
         model=str(folder), dtype=served_dtype(specimen, device), max_model_len=MAX_LEN, block_size=PAGES[device],
         num_gpu_blocks_override=BLOCKS, kv_cache_memory_bytes=1 << 30, max_num_batched_tokens=MAX_LEN, max_num_seqs=8,
