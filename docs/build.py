@@ -26,6 +26,7 @@ COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
 """Of a policy that several have, the last one's row counts."""
 SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
+PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 SPEED_TOKENS = 2048
 KINDS = {"recycled": ("mean over a stride of 50",), "local": ("all near", "all far")}
 """Of selectors whose steps differ, those that the page tells."""
@@ -135,14 +136,49 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     return found
 
 
+def measured_prefill() -> dict[str, list[dict[str, Any]]]:
+    """By pattern, its times to the first token beside stock vLLM's."""
+    rows = [row for run in _read(PREFILL)["runs"] for row in run["rows"] if "ttft_s" in row and "system" in row]
+    stock = {(row["prompt"], row["batch"]): row["ttft_s"] for row in rows if row["system"] == "stock"}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["words"]:
+            told = {name: value for name, value in row["words"].items() if name not in ("pattern", "min_context")}
+            more = {"stock": stock[row["prompt"], row["batch"]], "told": f"`{json.dumps(told)}`"}
+            found.setdefault(row["words"]["pattern"], []).append(row | more)
+    return {name: sorted(own, key=lambda row: (-row["prompt"], row["batch"])) for name, own in found.items()}
+
+
+def measured_patterns() -> dict[str, dict[str, str]]:
+    """By setting of a pattern, what it loses."""
+    found: dict[str, dict[str, str]] = {}
+    for row in _read(PATTERN_QUALITY)["rows"]:
+        own = found.setdefault(row["label"], {"density": "", "kl": "", "same": ""})
+        if row["section"] == "needles":
+            own[row["task"]] = f"{row['found']}/{row['dense']}"
+        else:
+            own |= {"kl": f"{row['mean']:.4f}", "same": f"{100 * row['same_choice']:.1f} %"}
+            own["density"] = f"{100 * row['density']:.0f} %" if "density" in row else "100 %"
+    again = found.pop("dense again")
+    found["dense"] |= {name: again[name] for name in ("kl", "same", "density")}
+    return found
+
+
 def _patterns(jinja: Environment) -> dict[str, str]:
     patterns = [each.describe() for each in PATTERNS]
     needs = {pattern["name"]: pattern_needs(pattern) for pattern in patterns}
+    speed, quality, settings = measured_prefill(), measured_patterns(), _read(PATTERN_QUALITY)["settings"]
+    files = {"speed_file": PREFILL, "quality_file": PATTERN_QUALITY, "settings": settings}
     found = {"patterns.md": jinja.get_template("patterns.md.jinja").render(patterns=patterns, needs=needs)}
     page = jinja.get_template("pattern.md.jinja")
     for pattern in patterns:
         name = pattern["name"]
-        found[f"patterns/{name}.md"] = page.render(pattern=pattern, needs=needs[name], speed=None, quality=None)
+        base = "+ delta" if name == "delta" else name
+        own = {label: row for label, row in quality.items() if base in label and (name == "delta" or "+" not in label)}
+        found[f"patterns/{name}.md"] = page.render(
+            pattern=pattern, needs=needs[name], speed=speed.get(name), quality=own, **files
+        )
+    found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files)
     return found
 
 
