@@ -129,7 +129,8 @@ def recommend(summary: Summary, suite: str, length: int) -> list[Advice]:
         elif group == SELECTOR:
             best = min(good, key=lambda each: (_budget(summary, each), -(each.mean or 0)), default=None)
         else:
-            best = min(good, key=lambda each: each.ttft or float("inf"), default=None)
+            sooner = [each for each in good if each.ttft and dense.ttft and each.ttft < dense.ttft]
+            best = min(sooner, key=lambda each: each.ttft or float("inf"), default=None)
         chosen = best or max(own, key=lambda each: each.mean or 0.0)
         advice.append(Advice(need, chosen, best is not None, _gain(summary, chosen, dense, group)))
     return advice
