@@ -16,6 +16,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.decode.rows import LayerCache
 from attention_plugins.decode.settings import DecodeSettings
+from attention_plugins.prefill.grid import ROWS
 from attention_plugins.prefill.orders import PATTERNS, PendingPatternReport
 from attention_plugins.vllm_adapter.layers import compressible_layers, refuse_variants
 from attention_plugins.vllm_adapter.pages import flat_pages
@@ -134,6 +135,11 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
         first = layers[0].impl
         if first.logits_soft_cap or getattr(first, "sinks", None) is not None:
             self.missing[PATTERNS] = "prefill patterns know neither logit soft caps nor learned attention sinks"
+        elif ROWS % compressor.geometry.page_size:
+            self.missing[PATTERNS] = (
+                f"prefill patterns need blocks whose size divides {ROWS}, here they have "
+                f"{compressor.geometry.page_size} tokens (--block-size 16, 32, 64 or 128, where the model lets one choose)"
+            )
         place = place_for(
             settings,
             compressor.geometry,

@@ -119,7 +119,9 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         pattern = make_pattern(words, PREFILL_FIELD) if words else None
         if pattern is None or request.resumable:
             return
-        planned = applies(pattern, self.num_layers, request.num_prompt_tokens)
+        # Where blocks don't divide the units of plans, the API refuses patterns; the engine must not die of one.
+        fits = ROWS % self.kv_blocks.block_size == 0
+        planned = fits and applies(pattern, self.num_layers, request.num_prompt_tokens)
         self.prefills[request.request_id] = _Prefill(pattern, planned)
         if planned:
             salt = json.dumps([request.cache_salt, pattern_words(pattern)])

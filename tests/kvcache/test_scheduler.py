@@ -329,3 +329,10 @@ def test_what_a_pattern_computed_is_told() -> None:
     assert told["prefill_usage"]["density"] == {"mean": 0.375, "by_layer": [0.5, 0.25]}
     assert told["prefill_usage"]["tokens"] == 250
     assert told["prefill_totals"] == {"streaming": {"prompts": 1, "tokens": 250, "pairs": 80, "pairs_computed": 30}}
+
+
+def test_blocks_that_plans_cant_be_made_of_leave_the_prompt_dense() -> None:
+    scheduler = Alone()
+    scheduler.kv_blocks.block_size = 96
+    request = prefilling(scheduler, 400)
+    assert not scheduler.prefills["r"].planned and request.block_hashes == ["old"]

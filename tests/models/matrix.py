@@ -27,13 +27,14 @@ from vllm import LLM, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+from attention_plugins.prefill.orders import PATTERNS
 from tests.models.zoo import MAX_LEN, VOCABULARY, ZOO, Specimen, write
 from tests.reference import Reference
 
 POLICIES: list[dict[str, Any]] = [{"policy": "snapkv", "budget": 320}, {"policy": "pyramidkv", "budget": 288}]
 MOMENTS = {"policy": "expectedattention", "budget": 320}
 SELECTOR = {"selector": "quest", "tokens": 64, "min_context": 0}
-PROMPT, ANSWER, BLOCKS = 650, 24, 240
+PROMPT, ANSWER, BLOCKS = 650, 24, {"cpu": 240, "cuda": 480}
 PAGES = {"cpu": 32, "cuda": 16}
 WORKERS = {"cpu": "cpu_worker.CPUCompressionWorker", "cuda": "cuda_worker.CUDACompressionWorker"}
 SCHEDULERS = {"cpu": "CompressionScheduler", "cuda": "AsyncCompressionScheduler"}
@@ -61,8 +62,8 @@ def build(folder: Path, specimen: Specimen, device: str, *, ours: bool) -> LLM:
         settings["gpu_memory_utilization"] = 0.1  # others may use the GPU, too
     return LLM(
         model=str(folder), dtype=served_dtype(specimen, device), max_model_len=MAX_LEN, block_size=PAGES[device],
-        num_gpu_blocks_override=BLOCKS, kv_cache_memory_bytes=1 << 30, max_num_batched_tokens=MAX_LEN, max_num_seqs=8,
-        skip_tokenizer_init=True, **settings,
+        num_gpu_blocks_override=BLOCKS[device], kv_cache_memory_bytes=1 << 30, max_num_batched_tokens=MAX_LEN,
+        max_num_seqs=8, skip_tokenizer_init=True, **settings,
     )  # fmt: skip
 
 
@@ -152,6 +153,13 @@ def examine(folder: Path, specimen: Specimen, device: str) -> dict[str, Any]:
     if specimen.selectors:
         output = run.answer(prompt, decode_attention=SELECTOR)
         row["selector"] = {"tokens": tokens_of(output), "steps": told(output)["decode_usage"]["steps"]}
+    if specimen.selectors and PATTERNS not in row["missing"]:
+        row["patterns"] = []
+        for window in (PROMPT, 1):  # all of it, and next to nothing
+            pattern = {"pattern": "streaming", "sinks": 1, "window": window, "min_context": 0}
+            output = run.answer(prompt, prefill_attention=pattern)
+            density = told(output)["prefill_usage"]["density"]["by_layer"]
+            row["patterns"].append({"tokens": tokens_of(output), "density": density})
     row["leaked"] = all_free - run.pool.get_num_free_blocks()
     return row
 

@@ -104,3 +104,18 @@ def test_what_policies_lack_is_said(rows: dict[str, Any], name: str) -> None:
     missing, ran = rows[name]["missing"], [done["words"]["policy"] for done in rows[name]["policies"]]
     assert ("query moments" in missing) == (name in NO_MOMENTS)
     assert ("expectedattention" in ran) == (name not in NO_MOMENTS)
+
+
+@each
+def test_patterns_plan_the_full_attention_layers(rows: dict[str, Any], name: str) -> None:
+    """One that computes everything answers as none does (in float32; elsewhere sums round otherwise)."""
+    if reason := rows[name]["missing"].get("prefill patterns"):
+        assert "patterns" not in rows[name]
+        assert ("have 96 tokens" if ZOO[name].selectors else "soft caps nor learned attention sinks") in reason
+        return
+    every, few = rows[name]["patterns"]
+    layers = len(ZOO[name].full)
+    assert every["density"] == [1.0] * layers
+    assert len(few["density"]) == layers and all(density < 1 for density in few["density"])
+    assert not ZOO[name].exact or every["tokens"] == rows[name]["none"]
+    assert not ZOO[name].exact or few["tokens"] != rows[name]["none"]
