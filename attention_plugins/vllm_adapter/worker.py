@@ -138,7 +138,7 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
         elif ROWS % compressor.geometry.page_size:
             self.missing[PATTERNS] = (
                 f"prefill patterns need blocks whose size divides {ROWS}, here they have "
-                f"{compressor.geometry.page_size} tokens (--block-size 16, 32, 64 or 128, where the model lets one choose)"
+                f"{compressor.geometry.page_size} tokens (--block-size 16, 32, 64 or 128, where one can choose)"
             )
         place = place_for(
             settings,
