@@ -442,7 +442,7 @@ def test_what_vllms_builder_is_given(make_world: MakeWorld, monkeypatch: pytest.
         common = world.common(rows)
         assert world.builder.build(3, common, True).dense == "dense"
         (prefix, given), *others = calls
-        assert (prefix, others, given.seq_lens.tolist()) == (0, [], [world.requests["dense"].computed + 1, 2])
+        assert (prefix, others, given.seq_lens.tolist()) == (0, [], [world.requests["dense"].computed + 1, 1])
         assert given.max_seq_len == given.seq_lens_cpu_upper_bound.max() == world.requests["dense"].computed + 1
     calls.clear()
     with world.step({"long": 2}) as rows:

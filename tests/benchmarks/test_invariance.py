@@ -34,8 +34,8 @@ def test_differences_tell_where_an_answer_parts() -> None:
     job = Job("r0", [1] * 30, {"policy": "snapkv"}, 9, None, answer=(5, 6, 7), preemptions=1)
     alone = Job("r0", job.prompt, job.words, 9, None, answer=(5, 6, 8, 9), compacted=True)
     assert difference(job, alone) == {
-        "name": "r0", "policy": "snapkv", "selector": None, "prompt": 30, "compacted": True, "preemptions": 1,
-        "token": 2,
+        "name": "r0", "policy": "snapkv", "selector": None, "pattern": None, "prompt": 30, "compacted": True,
+        "preemptions": 1, "token": 2,
     }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ QUEST, TIDAL = make_cells(["quest", "tidal"], [], [512])
 class FakeDriver:
     """Answers as told: `tokens` and, if asked, distributions by cell and prompt."""
 
+    density: float | None = None
+
     def __init__(self, told: dict[str, list[list[int]]], logprobs: dict[str, list[Array]] | None = None) -> None:
         self.told, self.logprobs = told, logprobs or {}
         self.engine = SimpleNamespace(tokenizer=None, max_model_len=8192)
