@@ -75,18 +75,19 @@ def applies(pattern: Pattern, num_layers: int, k_len: int) -> bool:
     return any(pattern.applies(layer, k_len) for layer in range(num_layers))
 
 
-def aligned(computed: int, tokens: int, prompt_len: int, can_wait: bool) -> int:
+def aligned(computed: int, tokens: int, stop: int, can_wait: bool) -> int:
     """How many tokens of a chunk to schedule: chunks end at multiples of 128 tokens, since blocks of queries are
-    counted from a chunk's start; a prompt's last one ends where the prompt does.
+    counted from a chunk's start; the last one ends where the prompt does, or what is attended of it.
 
     Args:
         computed: tokens before the chunk.
         tokens: most that it may have.
+        stop: end of the prompt, or where it is compacted before that.
         can_wait: whether none is an answer where there is no room for a whole block of queries.
     """
-    if computed >= prompt_len or not tokens:
+    if computed >= stop or not tokens:
         return tokens
-    end = min(computed + tokens, prompt_len)
-    if end < prompt_len and (can_wait or end // ROWS * ROWS > computed):
+    end = min(computed + tokens, stop)
+    if end < stop and (can_wait or end // ROWS * ROWS > computed):
         end = end // ROWS * ROWS
     return max(0, end - computed)

@@ -23,13 +23,11 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func
 from attention_plugins.batch import CompactedBatch
 from attention_plugins.decode.rows import LayerCache
 from attention_plugins.kernels.page_rows import page_rows_into
+from attention_plugins.vllm_adapter.cuda_prefill import MULTIPROCESSORS
 from attention_plugins.vllm_adapter.runtime import BatchKind, CompressionRuntime, runtime_for
 from attention_plugins.vllm_adapter.selection import Selection
 from attention_plugins.vllm_adapter.split import SplitBuilder, SplitImpl, SplitMetadata, share_with_sinks
 from kvcache.vllm_adapter.manager import compressible, register_spec
-
-MULTIPROCESSORS = 132
-"""Of an H100; where there are more or fewer, sequences are split a little too seldom or too often."""
 
 
 class CUDACompressedBackend(FlashAttentionBackend):

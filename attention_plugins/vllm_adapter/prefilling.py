@@ -31,7 +31,7 @@ class Executor(Protocol):
     """A platform's attention over plans."""
 
     estimators: ModuleType
-    """What patterns call that patterns call: `attention_plugins.prefill.plain`, or kernels of the same names."""
+    """What patterns estimate by: `attention_plugins.prefill.plain`, or kernels of the same names."""
 
     def attend(self, queries: torch.Tensor, chunk: Chunk, values: Tokens, plan: Plan) -> torch.Tensor:
         """Attention over a plan: [q_len, num_heads, head_dim].
@@ -118,6 +118,8 @@ class Prefilling:
         self.prompts: dict[str, Prompt] = {}
         self.current: dict[str, tuple[int, int]] = {}
         """The step's chunks: position and length."""
+        self.ended: list[str] = []
+        """Prompts that the step ends, or that a policy has compacted in front of their suffix."""
 
     def start(self, order: StartPattern) -> None:
         pattern = make_pattern(order.pattern)
@@ -137,22 +139,24 @@ class Prefilling:
             compacted: whether a request's prompt is so already; what follows (its suffix) is short and has no pages in
                 order.
         """
-        self.current = {}
+        self.current, self.ended = {}, []
         for name, prompt in self.prompts.items():
-            if name in scheduled and (position := computed[name]) < prompt.prompt_len and not compacted(name):
-                self.current[name] = position, scheduled[name]
+            if name not in scheduled:
+                continue
+            position, tokens = computed[name], scheduled[name]
+            if not compacted(name):
+                self.current[name] = position, tokens
+            if compacted(name) or position + tokens >= prompt.prompt_len:
+                self.ended.append(name)
 
     def end_step(self) -> list[PendingPatternReport]:
         """Of the prompts that the step has ended."""
-        reports = []
-        for name, (position, tokens) in self.current.items():
-            prompt = self.prompts[name]
-            if position + tokens >= prompt.prompt_len and prompt.pairs:
-                words = name, prompt.pattern.name, prompt.tokens
-                reports.append(PendingPatternReport(*words, prompt.computed, prompt.pairs))
-                self.finish(name)
-        self.current = {}
-        return reports
+        prompts = [self.prompts.pop(name) for name in self.ended]
+        self.current, self.ended = {}, []
+        return [
+            PendingPatternReport(prompt.request_id, prompt.pattern.name, prompt.tokens, prompt.computed, prompt.pairs)
+            for prompt in prompts
+        ]
 
     def apart(self, common: CommonAttentionMetadata, names: Sequence[str]) -> tuple[np.ndarray, list[PromptChunk]]:
         """Which of the batch's rows are planned, bool [rows], and their chunks."""

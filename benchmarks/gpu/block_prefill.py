@@ -21,17 +21,17 @@ CHUNK, BLOCK, PAGE, HEADS, KV_HEADS, DIM = 8192, 128, 16, 32, 8, 128
 REPEATS = 10
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Milliseconds, the median."""
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
+    return round(statistics.median(times[2:]), 4)
 
 
 def lists(context: int, density: float, heads: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -12,7 +12,6 @@ with their twins in float32 on a smaller chunk; --parts times the estimators one
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -28,11 +27,11 @@ from attention_plugins.prefill.base import Chunk, Pattern, Plan, read
 from attention_plugins.prefill.grid import ROWS
 from attention_plugins.prefill.paged import PagedTokens
 from attention_plugins.prefill.registry import make_pattern
+from benchmarks.gpu.block_prefill import timed
 from benchmarks.gpu.engine import say
 from kvcache.pages import InterleavedCodec
 
 CHUNK, PAGE, HEADS, KV_HEADS, DIM = 8192, 16, 32, 8, 128
-REPEATS = 12
 
 WORDS: dict[str, dict[str, Any]] = {
     "flexprefill": {"pattern": "flexprefill", "gamma": 0.04},
@@ -46,19 +45,6 @@ WORDS: dict[str, dict[str, Any]] = {
     "hip": {"pattern": "hip"},
     "zipvl": {"pattern": "zipvl", "tau": 0.004},
 }
-
-
-def timed(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Milliseconds, the median."""
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return round(statistics.median(times[2:]), 4)
 
 
 def graphed(work: Callable[[], object]) -> float | str:

@@ -173,7 +173,9 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         if not self._planned(request):
             return num_new_tokens
         can_wait = self.max_num_scheduled_tokens >= self.max_num_running_reqs + ROWS  # there is room, sooner or later
-        return aligned(num_computed_tokens, num_new_tokens, request.num_prompt_tokens, can_wait)
+        # Where a prompt is compacted in front of its suffix, a chunk ends too, whole block or not.
+        stop = min(boundary or request.num_prompt_tokens, request.num_prompt_tokens)
+        return aligned(num_computed_tokens, num_new_tokens, stop, can_wait)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)

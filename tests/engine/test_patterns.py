@@ -214,3 +214,11 @@ def test_a_policy_and_a_selector_in_the_same_request(engine: Engine) -> None:
     (no_selector,) = engine.run([Job(prompt, policy, 24, {**selector, "stride": 1}, pattern)])
     (two,) = engine.run([Job(prompt, policy, 24, None, pattern)])
     assert no_selector.tokens == two.tokens
+
+
+def test_a_suffix_is_dense_and_the_rest_is_told(engine: Engine) -> None:
+    """The policy compacts in front of the suffix, which has no pages in order any more."""
+    policy = {"policy": "snapkv", "budget": 256, "suffix": 100}
+    (job,) = engine.run([Job(prompt_of(1300, 4), policy, 12, None, asking(SPARSE[6]))])
+    assert job.usage["kept_tokens"]["mean"] < 400
+    assert 0 < job.prefilled["density"]["mean"] < 1 and job.prefilled["tokens"] == 1200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ class Published(Suite):
     folder: Path = Field(description="where the files are")
     samples: int = Field(default=1_000_000, ge=1, description="of each task at most, from the first on")
 
+    @abstractmethod
     def entries(self, task: str) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """A task's samples, as they are published."""
 
     def indices(self, task: str) -> range:
         return range(min(self.samples, len(self.entries(task))))
