@@ -172,7 +172,9 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         num_new_tokens = min(num_new_tokens, boundary - num_computed_tokens) if boundary else num_new_tokens
         if not self._planned(request):
             return num_new_tokens
-        can_wait = self.max_num_scheduled_tokens >= self.max_num_running_reqs + ROWS  # there is room, sooner or later
+        most = self.scheduler_config.long_prefill_token_threshold or ROWS  # vLLM's limit of a chunk; 0: none
+        # Only where there is room for a block of queries, sooner or later.
+        can_wait = most >= ROWS and self.max_num_scheduled_tokens >= self.max_num_running_reqs + ROWS
         # Where a prompt is compacted in front of its suffix, a chunk ends too, whole block or not.
         stop = min(boundary or request.num_prompt_tokens, request.num_prompt_tokens)
         return aligned(num_computed_tokens, num_new_tokens, stop, can_wait)

@@ -52,6 +52,7 @@ class Alone(CompressionScheduler):
         self.prefill_totals = PrefillTotals()
         self.num_layers = 4
         self.max_num_scheduled_tokens, self.max_num_running_reqs = 512, 256
+        self.scheduler_config: Any = SimpleNamespace(long_prefill_token_threshold=0)
 
     def plan(self, words: dict[str, Any] | None, prompt_len: int = 300, max_tokens: int = 500, **other: Any) -> Any:
         """Give a request its plan; the request."""
@@ -305,9 +306,11 @@ def test_chunks_hold_whole_blocks_of_queries(computed: int, new: int, wanted: in
     assert scheduler._reserve_prefill_lookahead(request, computed, new) == wanted
 
 
-def test_where_there_is_never_room_for_a_block_chunks_end_anywhere() -> None:
+@pytest.mark.parametrize("most, threshold", [(300, 0), (8192, 100)])
+def test_where_there_is_never_room_for_a_block_chunks_end_anywhere(most: int, threshold: int) -> None:
     scheduler = Alone()
-    scheduler.max_num_scheduled_tokens = 300
+    scheduler.max_num_scheduled_tokens = most
+    scheduler.scheduler_config.long_prefill_token_threshold = threshold
     request = prefilling(scheduler, 1000)
     request.num_tokens, scheduler.num_prefill_lookahead = 1000, 1
     assert scheduler._reserve_prefill_lookahead(request, 0, 100) == 100
