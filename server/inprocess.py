@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
+from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.registry import policy_words
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.arguments import parse, resolve_model
@@ -40,6 +41,7 @@ class Job:
         params: vLLM's sampling parameters; `words` are added to its `extra_args`.
         words: the request's policy, `{"policy": name, ...}`.
         selector: its selector, `{"selector": name, ...}`; None reads everything.
+        pattern: its pattern, `{"pattern": name, ...}`; None computes all of the prompt's attention.
         output: vLLM's last output, once the job is done.
         kept: kept prompt positions below the tail by layer and KV head; empty unless the engine keeps positions
             and the prompt was compacted.
@@ -49,6 +51,7 @@ class Job:
     params: SamplingParams
     words: dict[str, Any]
     selector: dict[str, Any] | None = None
+    pattern: dict[str, Any] | None = None
     output: Any = None
     kept: list[list[torch.Tensor]] = field(default_factory=list)
 
@@ -68,9 +71,15 @@ class Job:
         return dict(self.output.kv_transfer_params[EXTRA_ARG].get("decode_usage") or {})
 
     @property
+    def prefill_usage(self) -> dict[str, Any]:
+        """As `usage.prefill_attention`; empty where everything was computed."""
+        return dict(self.output.kv_transfer_params[EXTRA_ARG].get("prefill_usage") or {})
+
+    @property
     def extra_args(self) -> dict[str, Any]:
         """What the scheduler looks at."""
-        return {EXTRA_ARG: self.words, **({DECODE_FIELD: self.selector} if self.selector else {})}
+        optional = {DECODE_FIELD: self.selector, PREFILL_FIELD: self.pattern}
+        return {EXTRA_ARG: self.words, **{name: words for name, words in optional.items() if words}}
 
 
 class InProcessEngine:

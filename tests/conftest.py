@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["cpu", "cuda"],
         default="cpu",
         help="where the code under test runs (tests/kvcache, tests/attention_plugins/prefill)",
+    )
+    parser.addoption(
+        "--matrix-rows",
+        type=Path,
+        metavar="FILE",
+        help="rows that tests/models/test_matrix.py judges, written by `python -m tests.models.matrix --cuda`; left "
+        "out, it runs the matrix here",
     )
 
 

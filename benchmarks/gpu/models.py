@@ -82,10 +82,10 @@ def write(name: str) -> str:
     return folder
 
 
-def build_model(name: str, *, stock: bool, context: int) -> Any:
+def build_model(name: str, *, stock: bool, context: int, memory: dict[str, Any]) -> Any:
     return build(
         write(name), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=64,
-        max_model_len=context + 4 * STEPS, gpu_memory_utilization=0.9, max_num_batched_tokens=8192,
+        max_model_len=context + 4 * STEPS, max_num_batched_tokens=8192, **memory,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
     )  # fmt: skip
 
@@ -126,9 +126,13 @@ def measure(llm: Any, prompt: int, requests: int, words: dict[str, Any] | None) 
     }  # fmt: skip
 
 
-def child(name: str, context: int, requests: int, budget: int, *, stock: bool) -> None:
+def child(name: str, args: argparse.Namespace) -> None:
     """One engine, in a process of its own: its rows."""
-    llm = build_model(name, stock=stock, context=context)
+    stock, context, requests, budget = args.engine == "stock", args.context, args.requests, args.budget
+    memory = {"gpu_memory_utilization": args.gpu_memory_utilization}
+    if args.kv_cache_memory_bytes:
+        memory["kv_cache_memory_bytes"] = args.kv_cache_memory_bytes
+    llm = build_model(name, stock=stock, context=context, memory=memory)
     kind = {"model": name, "engine": "stock" if stock else "longreach"}
     measure(llm, budget, 1, None)  # warms up
     say(**kind, **measure(llm, budget, requests, None))
@@ -163,14 +167,19 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16384, help="tokens of a prompt that is compressed (16384)")
     parser.add_argument("--requests", type=int, default=8, help="that decode together (8)")
     parser.add_argument("--budget", type=int, default=2048, help="tokens that stay of it (2048)")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="where engines share a GPU")
     parser.add_argument("--engine", choices=["stock", "longreach"], help="of one process; both in turn without")
     args = parser.parse_args()
     if unknown := set(args.models) - set(MODELS):
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    sizes = ["--context", str(args.context), "--requests", str(args.requests), "--budget", str(args.budget)]
+    sizes = ["--context", str(args.context), "--requests", str(args.requests), "--budget", str(args.budget),
+             "--gpu-memory-utilization", str(args.gpu_memory_utilization)]  # fmt: skip
+    if args.kv_cache_memory_bytes:
+        sizes += ["--kv-cache-memory-bytes", str(args.kv_cache_memory_bytes)]
     for name in args.models or MODELS:
         if args.engine:
-            child(name, args.context, args.requests, args.budget, stock=args.engine == "stock")
+            child(name, args)
             continue
         rows: list[dict[str, Any]] = []
         for engine in ("stock", "longreach"):

@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--fp8", action="store_true", help="an fp8 KV cache")
+    parser.add_argument("--batched", nargs="+", choices=list(PATTERNS), metavar="LABEL", default=list(BATCHED))
     args = parser.parse_args()
     stock = args.system == "stock"
     settings: dict[str, Any] = {} if stock else {"decode": {"selectors": ["recycled"], "states": 16}}
@@ -137,7 +138,7 @@ def main() -> None:
 
     for length, batch in map(parse_shape, args.shapes.split(",")):
         repeats = 3 if length * (batch or 1) < 70_000 else 2
-        chosen = [label for label in args.patterns if label in BATCHED] if batch and batch > 1 else args.patterns
+        chosen = args.batched if batch and batch > 1 else args.patterns
         for label in [DENSE] if stock else chosen:
             fields = {} if label == DENSE else {"prefill_attention": words_for(label, length)}
             torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,12 @@
 """Pass keys in long texts for a base model, such as the embedded gemma3-270m: it goes on where the text stops.
 
 python -m benchmarks.quality.base_needles [--model gemma3-270m] [--lengths 8000,16000,30000] [--documents 16]
-    [--policies snapkv pyramidkv ...] [--selectors quest recycled ...] [--share 0.125] [-- FLAGS OF LONGREACH SERVE]
+    [--policies snapkv pyramidkv ...|all] [--selectors quest recycled ...|all] [--patterns "xattention 0.9" ...|all]
+    [--share 0.125] [--most-read 4096] [-- FLAGS OF LONGREACH SERVE]
 
-Policies keep `--share` of the prompt, selectors read as much of it at each step (at most 4096 tokens). All is asked in
-one engine inside this process, on whatever vLLM runs on; one JSON line for each length and way.
+Policies keep `--share` of the prompt, selectors read as much of it at each step (at most `--most-read` tokens),
+patterns are those of `benchmarks.quality.patterns`. All is asked in one engine inside this process, on whatever vLLM
+runs on; one JSON line for each length and way.
 """
 
 from __future__ import annotations
@@ -13,16 +15,32 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm import SamplingParams
 
+from attention_plugins.decode.registry import selectors
 from benchmarks.quality.passkeys import Passkey, make_suite
+from benchmarks.quality.patterns import PATTERNS, words_of
+from kvcache.registry import policies
 from server.inprocess import InProcessEngine, Job, build_engine
 
 DENSE = "dense"
+NEED_FILES = "namm", "duoattention", "loki"
 ANSWER_TOKENS = 12
-MOST_READ = 4096
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer: the words of a request."""
+
+    name: str
+    policy: dict[str, Any]
+    selector: dict[str, Any] | None = None
+    pattern: dict[str, Any] | None = None
 
 
 class Continued:
@@ -48,36 +66,53 @@ def prompt_of(case: Passkey) -> str:
     return f"{case.document}\n\nThe pass key for {named[1]} is"
 
 
-def ask(engine: InProcessEngine, cases: list[Passkey], policy: dict[str, Any], selector: dict[str, Any] | None) -> Any:
-    """Answers' texts, and the first usage."""
+def ask(engine: InProcessEngine, cases: list[Passkey], way: Way) -> tuple[list[str], Job]:
+    """Answers' texts, and the first job."""
     jobs = [
         Job(
             engine.tokenizer(prompt_of(case))["input_ids"],
             SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True),
-            policy,
-            selector,
+            way.policy,
+            way.selector,
+            way.pattern,
         )
         for case in cases
     ]
     engine.run(jobs)
-    return [engine.tokenizer.decode(job.tokens) for job in jobs], jobs[0].usage
+    return [engine.tokenizer.decode(job.tokens) for job in jobs], jobs[0]
+
+
+def ways_of(args: argparse.Namespace, length: int) -> list[Way]:
+    """Dense first, which fills the prefix cache."""
+    kept = int(args.share * length)
+    none = {"policy": "none"}
+    ways = [Way(DENSE, none)]
+    ways += [Way(name, {"policy": name, "budget": kept}) for name in args.policies]
+    read = {"tokens": min(kept, args.most_read), "min_context": 0}
+    ways += [Way(name, none, selector={"selector": name, **read}) for name in args.selectors]
+    return ways + [Way(label, none, pattern=words_of(label)) for label in args.patterns]
 
 
 def measure(engine: InProcessEngine, args: argparse.Namespace, length: int) -> None:
-    """Every way at one length; dense first, which fills the prefix cache."""
+    """Every way at one length."""
     cases = make_suite(Continued(engine.tokenizer), length, args.documents, columns=8, seed=0)
-    kept = int(args.share * length)
-    ways: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [(DENSE, {"policy": "none"}, None)]
-    ways += [(name, {"policy": name, "budget": kept}, None) for name in args.policies]
-    for name in args.selectors:
-        ways.append((name, {"policy": "none"}, {"selector": name, "tokens": min(kept, MOST_READ)}))
-    for name, policy, selector in ways:
+    for way in ways_of(args, length):
         began = time.perf_counter()
-        texts, usage = ask(engine, cases, policy, selector)
+        texts, job = ask(engine, cases, way)
         hits = [case.found_in(text) for case, text in zip(cases, texts, strict=True)]
-        row = {"way": name, "tokens": length, "documents": len(cases), "found": sum(hits), "hits": hits,
-               "kept": usage["kept_tokens"]["mean"], "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+        row = {"way": way.name, "tokens": length, "documents": len(cases), "found": sum(hits), "hits": hits,
+               "kept": job.usage["kept_tokens"]["mean"], "read": (way.selector or {}).get("tokens"),
+               "density": job.prefill_usage.get("density", {}).get("mean"),
+               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
         print(json.dumps(row), flush=True)
+
+
+def names(chosen: list[str], known: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`all` is all that can do without a file made for the model."""
+    known = [name for name in known if name not in NEED_FILES]
+    if unknown := {*chosen} - {*known, ALL}:
+        parser.error(f"{', '.join(sorted(unknown))}: there are {ALL}, {', '.join(known)}")
+    return known if ALL in chosen else chosen
 
 
 def main() -> None:
@@ -87,9 +122,14 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--policies", nargs="*", default=["snapkv", "pyramidkv"])
     parser.add_argument("--selectors", nargs="*", default=[])
+    parser.add_argument("--patterns", nargs="*", default=[])
     parser.add_argument("--share", type=float, default=0.125)
+    parser.add_argument("--most-read", type=int, default=4096)
     parser.add_argument("flags", nargs="*", help="of longreach serve, behind --")
     args = parser.parse_args()
+    args.policies = names(args.policies, policies(), parser)
+    args.selectors = names(args.selectors, selectors(), parser)
+    args.patterns = names(args.patterns, PATTERNS, parser)
     flags = [args.model, *args.flags]
     if args.selectors:
         flags += ["--decode-selectors", *args.selectors]

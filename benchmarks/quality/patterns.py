@@ -22,9 +22,13 @@ from benchmarks.quality.table import EMBEDDED
 
 STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 128, "window": 512, "min_context": 0}
 PATTERNS: dict[str, dict[str, Any]] = {
+    "flexprefill 0.99": {"pattern": "flexprefill", "gamma": 0.99, "min_budget": 512},
+    "flexprefill 0.98": {"pattern": "flexprefill", "gamma": 0.98, "min_budget": 512},
     "flexprefill 0.95": {"pattern": "flexprefill", "gamma": 0.95, "min_budget": 256},
     "flexprefill 0.9": {"pattern": "flexprefill", "gamma": 0.9, "min_budget": 256},
     "flexprefill 0.8": {"pattern": "flexprefill", "gamma": 0.8, "min_budget": 128},
+    "xattention 0.99": {"pattern": "xattention", "threshold": 0.99},
+    "xattention 0.98": {"pattern": "xattention", "threshold": 0.98},
     "xattention 0.95": {"pattern": "xattention", "threshold": 0.95},
     "xattention 0.9": {"pattern": "xattention", "threshold": 0.9},
     "xattention 0.9, stride 16": {"pattern": "xattention", "threshold": 0.9, "stride": 16},
@@ -38,6 +42,12 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "streaming": STREAMING,
     "streaming + delta 64": {"pattern": "delta", "gamma": 64, "base": STREAMING},
     "streaming + delta 16": {"pattern": "delta", "gamma": 16, "base": STREAMING},
+    "flexprefill 0.95 + delta 16": {
+        "pattern": "delta", "gamma": 16, "base": {"pattern": "flexprefill", "gamma": 0.95, "min_context": 0},
+    },
+    "xattention 0.95 + delta 16": {
+        "pattern": "delta", "gamma": 16, "base": {"pattern": "xattention", "threshold": 0.95, "min_context": 0},
+    },
     "xattention 0.8 + delta 64": {
         "pattern": "delta", "gamma": 64, "base": {"pattern": "xattention", "threshold": 0.8, "min_context": 0},
     },

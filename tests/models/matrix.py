@@ -24,10 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from attention_plugins.prefill.orders import PATTERNS
+from server.rules import POLICIES as POLICIES_REFUSED
+from server.rules import refused
 from tests.models.zoo import MAX_LEN, VOCABULARY, ZOO, Specimen, write
 from tests.reference import Reference
 
@@ -107,6 +110,14 @@ class Run:
         return output
 
 
+def refusal(folder: Path, specimen: Specimen, device: str) -> str | None:
+    """The rule that a start would name."""
+    config = EngineArgs(
+        model=str(folder), dtype=served_dtype(specimen, device), max_model_len=MAX_LEN, skip_tokenizer_init=True
+    ).create_engine_config()
+    return "; ".join(rule.name for rule in refused(config, device, POLICIES_REFUSED)) or None
+
+
 def tokens_of(output: Any) -> list[int]:
     return list(output.outputs[0].token_ids)
 
@@ -172,7 +183,7 @@ def drop() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="all that the device has kernels for, if none is given")
+    parser.add_argument("names", nargs="*", help="all of the zoo, if none is given")
     parser.add_argument("--cuda", action="store_true")
     args = parser.parse_args()
     device = "cuda" if args.cuda else "cpu"
@@ -180,9 +191,13 @@ def main() -> None:
     registry._run_in_subprocess = lambda ask: ask()
     # Each engine's end collects garbage several times, through all that imports left: most of the time otherwise.
     gc.unfreeze = lambda: None
-    names = args.names or [name for name, specimen in ZOO.items() if args.cuda or specimen.cpu]
-    names = sorted(names, key=lambda name: not ZOO[name].experts)
+    names = sorted(args.names or ZOO, key=lambda name: not ZOO[name].experts)
     folders = {name: write(name, Path(tempfile.mkdtemp()) / name) for name in names}
+    why = {name: refusal(folders[name], ZOO[name], device) for name in names}
+    for name in names:
+        if why[name]:
+            print(json.dumps({"name": name, "device": device, "refused": why[name]}), flush=True)
+    names = [name for name in names if not why[name]]
     expected = {}
     for name in names:  # before our backend takes the place of vLLM's
         expected[name] = stock(folders[name], ZOO[name], device)
@@ -190,7 +205,7 @@ def main() -> None:
     _cached_get_attn_backend.cache_clear()
     for name in names:
         began = time.perf_counter()
-        row = {"name": name, "stock": expected[name], **examine(folders[name], ZOO[name], device)}
+        row = {"name": name, "device": device, "stock": expected[name], **examine(folders[name], ZOO[name], device)}
         drop()
         print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Specimen:
         selectors: whether they know its attention.
         experts: whether it is a mixture of them.
         quantised: whether its weights are; then there are none in the folder, and vLLM makes some up.
-        cpu: whether vLLM's CPU build has kernels for it.
+        refused: why it isn't served there, by platform.
         attention: what its layers' attention is called.
     """
 
@@ -38,7 +38,7 @@ class Specimen:
     selectors: bool = True
     experts: bool = False
     quantised: bool = False
-    cpu: bool = True
+    refused: Mapping[str, str] = field(default_factory=dict)
     attention: str = "self_attn.attn"
 
 
@@ -143,6 +143,7 @@ ZOO: dict[str, Specimen] = {
         dtype="bfloat16",
         exact=False,
         experts=True,
+        refused={"cuda": "linear or Mamba layers on GPUs"},
     ),
     "phi3-longrope": Specimen(
         "Phi3",
@@ -162,7 +163,7 @@ ZOO: dict[str, Specimen] = {
             dtype="bfloat16",
             exact=False,
             quantised=True,
-            cpu=name != "fp8",
+            refused={"cpu": "FP8 weights on CPUs"} if name == "fp8" else {},
         )
         for name, config in QUANTISED.items()
     },

@@ -237,10 +237,9 @@ def test_the_zoos_layers_are_told_from_their_configurations(configure: Configure
     content["architectures"] = [content["architectures"][0].replace("Text", "")]
     config = configure(content, max_model_len=MAX_LEN, dtype="bfloat16")
     assert tuple(full_layers(config)) == specimen.full
-    if specimen.cpu:
-        refuse(config, "cpu")
-    else:
-        refused(config, "cpu")
+    for platform in ("cpu", "cuda"):
+        named = {rule.name for rule in rules.refused(config, platform, rules.POLICIES)}
+        assert named == {*filter(None, [specimen.refused.get(platform)])}
     found = [rule for rule in rules.refused(config, "cpu", rules.SELECTORS) if rules.POLICIES not in rule.refuses]
     assert bool(found) == (not specimen.selectors)
 
