@@ -89,8 +89,8 @@ def build_8b(
     tokens in a step."""
     return build(
         random_llama(), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_model_len=131072,
-        gpu_memory_utilization=0.9, max_num_batched_tokens=chunk, max_num_seqs=max_requests,
-        kv_cache_dtype="fp8" if fp8 else "auto", tensor_parallel_size=tensor_parallel, **settings,
+        max_num_batched_tokens=chunk, max_num_seqs=max_requests, kv_cache_dtype="fp8" if fp8 else "auto",
+        tensor_parallel_size=tensor_parallel, **{"gpu_memory_utilization": 0.9, **settings},
     )  # fmt: skip
 
 

@@ -127,9 +127,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--fp8", action="store_true", help="an fp8 KV cache")
     parser.add_argument("--batched", nargs="+", choices=list(PATTERNS), metavar="LABEL", default=list(BATCHED))
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="where engines share a GPU")
     args = parser.parse_args()
     stock = args.system == "stock"
     settings: dict[str, Any] = {} if stock else {"decode": {"selectors": ["recycled"], "states": 16}}
+    if args.kv_cache_memory_bytes:
+        settings |= {"kv_cache_memory_bytes": args.kv_cache_memory_bytes, "gpu_memory_utilization": 0.1}
     llm = build_8b(
         stock=stock, fp8=args.fp8, max_requests=16, chunk=args.chunk, compilation_config=GRAPHS,
         enable_prefix_caching=False, **settings,
