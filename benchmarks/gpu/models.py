@@ -75,16 +75,21 @@ MODELS: dict[str, dict[str, Any]] = {
 STEPS = 64
 
 
-def write(name: str) -> str:
-    """A folder with the configuration, for `load_format="dummy"`."""
+def write(name: str, layers: int | None = None) -> str:
+    """A folder with the configuration, for `load_format="dummy"`; of so many layers, where given."""
+    config = dict(MODELS[name])
+    if layers:
+        config["num_hidden_layers"] = layers
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][:layers]
     folder = tempfile.mkdtemp()
-    (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))
+    (Path(folder) / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def build_model(name: str, *, stock: bool, context: int, memory: dict[str, Any]) -> Any:
+def build_model(name: str, *, stock: bool, context: int, layers: int | None, memory: dict[str, Any]) -> Any:
     return build(
-        write(name), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=64,
+        write(name, layers), compress=not stock, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=64,
         max_model_len=context + 4 * STEPS, max_num_batched_tokens=8192, **memory,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
     )  # fmt: skip
@@ -132,8 +137,8 @@ def child(name: str, args: argparse.Namespace) -> None:
     memory = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if args.kv_cache_memory_bytes:
         memory["kv_cache_memory_bytes"] = args.kv_cache_memory_bytes
-    llm = build_model(name, stock=stock, context=context, memory=memory)
-    kind = {"model": name, "engine": "stock" if stock else "longreach"}
+    llm = build_model(name, stock=stock, context=context, layers=args.layers, memory=memory)
+    kind = {"model": name, "layers": args.layers, "engine": "stock" if stock else "longreach"}
     measure(llm, budget, 1, None)  # warms up
     say(**kind, **measure(llm, budget, requests, None))
     if not stock:
@@ -149,6 +154,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     size, usage = small["block_bytes"], small["usage"]
     return {
         "model": stock["model"],
+        "layers": stock["layers"],
         "stock_ms": stock["decode_step_ms"],
         "none_ratio": round(whole["decode_step_ms"] / stock["decode_step_ms"], 3),
         "compressed_ratio": round(small["decode_step_ms"] / stock["decode_step_ms"], 3),
@@ -167,6 +173,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16384, help="tokens of a prompt that is compressed (16384)")
     parser.add_argument("--requests", type=int, default=8, help="that decode together (8)")
     parser.add_argument("--budget", type=int, default=2048, help="tokens that stay of it (2048)")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, where two engines are to share a GPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--kv-cache-memory-bytes", type=int, help="where engines share a GPU")
     parser.add_argument("--engine", choices=["stock", "longreach"], help="of one process; both in turn without")
@@ -175,6 +182,8 @@ def main() -> None:
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     sizes = ["--context", str(args.context), "--requests", str(args.requests), "--budget", str(args.budget),
              "--gpu-memory-utilization", str(args.gpu_memory_utilization)]  # fmt: skip
+    if args.layers:
+        sizes += ["--layers", str(args.layers)]
     if args.kv_cache_memory_bytes:
         sizes += ["--kv-cache-memory-bytes", str(args.kv_cache_memory_bytes)]
     for name in args.models or MODELS:
