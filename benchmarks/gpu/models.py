@@ -154,7 +154,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     size, usage = small["block_bytes"], small["usage"]
     return {
         "model": stock["model"],
-        "layers": stock["layers"],
+        "layers": stock.get("layers"),
         "stock_ms": stock["decode_step_ms"],
         "none_ratio": round(whole["decode_step_ms"] / stock["decode_step_ms"], 3),
         "compressed_ratio": round(small["decode_step_ms"] / stock["decode_step_ms"], 3),
