@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from server.commands.parsers import epilog
 from server.decode_settings import add_decode_flags
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.embedded_models import NAMED, SMOLLM2
@@ -48,14 +49,19 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     parser = _Parser(
         prog=f"longreach {command}",
         usage=f"longreach {command} {'[MODEL]' if command == 'serve' else '...'} [flags]",
-        description=f"vLLM's OpenAI server with KV-cache compression. Serves {EMBEDDED_MODEL_NAME} when no model is "
-        "named.",
-        epilog="All flags: --help=all    A group: --help=ModelConfig    A flag: --help=kv-budget",
+        description="vLLM's OpenAI server, with policies, selectors and patterns chosen per\nrequest. Serves "
+        f"{EMBEDDED_MODEL_NAME} when no model is named.\n\n--help=Policies  a group's flags    --help=kv-budget  "
+        "flags by name    --help=all",
+        epilog=epilog(
+            "longreach serve --port 8123",
+            "longreach serve ./models/llama --kv-policy snapkv --kv-budget 25% --decode-selectors quest recycled",
+            "longreach serve --config server.yaml",
+        ),
     )
-    make_arg_parser(parser)
-    add_flags(parser)
+    add_flags(parser)  # before vLLM's, since help lists groups in their order
     add_decode_flags(parser)
     add_prefill_flags(parser)
+    make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", **eager)
     return parser

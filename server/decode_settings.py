@@ -12,7 +12,7 @@ from kvcache.method import PolicyError
 from server.calibration import read_calibration
 from server.desks import clash, companions
 from server.errors import StartError
-from server.flags import DECODE, in_flags, tell_workers
+from server.flags import DECODE, add_setting, in_flags, tell_workers
 from server.platforms import Platform
 from server.selectors import SelectorDesk
 
@@ -23,35 +23,18 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--decode-attention`, what servers decide for all requests, and one `--decode-ARGUMENT` for every argument
     that some selector takes."""
     group = parser.add_argument_group(
-        "Sparse decoding (Longreach)", "What each step of decoding reads; `longreach selectors` says more."
+        "Selectors", "What each step of decoding reads of the KV cache; `longreach selectors` lists them."
     )
-    group.add_argument(
-        "--decode-attention",
-        default=DENSE,
-        metavar="NAME",
-        help=f"Selector of requests that name none. One of {', '.join([DENSE, *selectors()])}.",
-    )
-    group.add_argument(
-        "--decode-selectors",
-        default=None,
-        nargs="+",
-        metavar="NAME",
-        help=f"Selectors that requests may use, `{ALL}` or `{NONE}`; each costs memory and time at start-up. Left "
-        "out: that of --decode-attention alone.",
-    )
-    group.add_argument(
-        "--decode-states",
-        default=STATES,
-        type=int,
-        metavar="N",
-        help=f"Most requests at once that select, and that selectors remember; others read everything ({STATES}).",
-    )
-    group.add_argument(
-        "--decode-calibration",
-        default=None,
-        metavar="FILE",
-        help="What `longreach calibrate` has measured of the model (safetensors).",
-    )
+    names = [DENSE, *selectors()]
+    text = f"Selector of requests that name none. One of {', '.join(names)}."
+    add_setting(group, "--decode-attention", text, default=DENSE, metavar="NAME", names=names)
+    text = f"Selectors that requests may use, `{ALL}` or `{NONE}`. Left out: that of --decode-attention alone."
+    add_setting(group, "--decode-selectors", text, nargs="+", metavar="NAME", names=[*selectors(), ALL, NONE])
+    text = "Most requests at once that select, and that selectors remember; others read everything."
+    add_setting(group, "--decode-states", text, default=STATES, type=int, metavar="N")
+    text = "What `longreach calibrate` has measured of the model (safetensors)."
+    add_setting(group, "--decode-calibration", text, metavar="FILE")
+    group = parser.add_argument_group("SelectorArguments", "Arguments of --decode-attention, as requests have them.")
     DECODE.add_all(group, [(selector.name, selector.Args) for selector in selectors().values()])
 
 

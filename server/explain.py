@@ -182,44 +182,16 @@ def run(engine: Any, text: str, words: dict[str, Any], *, special: bool) -> Expl
     )
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Our own; all other flags are those of `longreach serve`."""
-    parser = argparse.ArgumentParser(
-        prog="longreach explain", allow_abbrev=False,
-        usage="longreach explain PROMPT_FILE|- [--output FILE.png|FILE.html] [--plain] [--model MODEL] [--kv-...] "
-        "[any flag of longreach serve]",
-        description="Show which tokens of a prompt a KV-cache policy keeps. Without --kv-policy: "
-        f"{DEFAULT_WORDS['policy']} at {DEFAULT_WORDS['budget']}. Without --model: the embedded one.",
-    )  # fmt: skip
-    parser.add_argument("prompt", metavar="PROMPT_FILE|-", help="a text file; - is standard input")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a picture (.png), or a page with the text (.html)")
-    parser.add_argument("--plain", action="store_true", help="the text as it is, not as a user's message in a chat")
-    return parser
-
-
-def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our arguments, and what is left for vLLM's parser. The prompt comes first: a flag's value could be taken for it.
-
-    Raises:
-        SystemExit: by argparse, after --help or a mistake.
-        StartError: an output that is neither .png nor .html.
-    """
-    parser = arguments()
-    if argv and argv[0].startswith("--") and argv[0] != "--help":
-        parser.error("the first argument is the prompt's file, or - for standard input")
-    args, flags = parser.parse_known_args(argv)
-    if args.output and args.output.suffix not in (".png", ".html"):
-        raise StartError(f"--output {args.output}: the name must end in .png or .html")
-    return args, flags
-
-
-def explain(argv: Sequence[str]) -> str:
+def explain(args: argparse.Namespace, flags: Sequence[str]) -> str:
     """Do what the command line says; the text to print.
 
+    Args:
+        args: our own arguments (`server.commands.explain`).
+        flags: those of `longreach serve`.
+
     Raises:
-        SystemExit, StartError, EmbeddedModelError: a mistake in the command line, the model or the prompt.
+        SystemExit, StartError, EmbeddedModelError: a mistake in the flags, the model or the prompt.
     """
-    args, flags = split(argv)
     if args.output:
         from server.explain_views import require_matplotlib
 
@@ -237,7 +209,7 @@ def explain(argv: Sequence[str]) -> str:
 
     platform = detect()
     check(platform.name)
-    serve = parse(flags, platform, command="explain")
+    serve = parse(list(flags), platform, command="explain")
     if serve.decode_attention != DENSE:
         raise StartError(
             "--decode-attention: explain shows what a policy keeps, not what steps read of it; leave it out"

@@ -5,13 +5,58 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.method import Arguments, PolicyError
+from server.advice import advised
 from server.errors import StartError
+
+
+class Setting(argparse.Action):
+    """A flag of ours. `names`: what it may be given, where that is a choice; checked later, beside requests'."""
+
+    def __init__(self, *args: Any, names: Iterable[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = tuple(names)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+def add_setting(group: Any, flag: str, text: str, **more: Any) -> None:
+    """Add a flag of ours to a parser's group, its help with what it costs.
+
+    Args:
+        more: further arguments of `add_argument`, and `names` of `Setting`.
+    """
+    group.add_argument(flag, action=Setting, help=advised(flag, text).replace("%", "%%"), **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument that some methods take.
+
+    Attributes:
+        name: as a request has it.
+        texts: what it means, each with the names of the methods for which it does.
+        schemas: by method, its JSON schema.
+    """
+
+    name: str
+    texts: dict[str, list[str]]
+    schemas: dict[str, dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        return " ".join(f"{text.removesuffix('.')} ({', '.join(who)})." for text, who in self.texts.items())
+
+    @property
+    def choices(self) -> list[str]:
+        """What it may be, where that is a choice."""
+        return list(dict.fromkeys(str(word) for schema in self.schemas.values() for word in schema.get("enum", ())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +83,15 @@ class FieldFlags:
     def _dest(self) -> str:
         return self.prefix.strip("-").replace("-", "_") + "_arg_"
 
-    def add(self, group: Any, argument: str, text: str, metavar: str = "VALUE") -> None:
+    def add(self, group: Any, argument: str, text: str, metavar: str = "VALUE", names: Iterable[str] = ()) -> None:
         """Add one flag to a parser's group; without it, the argument isn't in the namespace."""
-        group.add_argument(
-            self.flag(argument),
-            dest=self._dest + argument,
-            default=argparse.SUPPRESS,
-            metavar=metavar,
-            help=text.replace("%", "%%"),
-        )
+        dest, flag = self._dest + argument, self.flag(argument)
+        add_setting(group, flag, text, dest=dest, default=argparse.SUPPRESS, metavar=metavar, names=names)
 
     def add_all(self, group: Any, takers: Iterable[tuple[str, type[Arguments]]]) -> None:
         """Add a flag for every argument of these methods, by name."""
-        for argument, text, who in described(takers):
-            self.add(group, argument, f"{text} ({', '.join(who)})")
+        for argument in described(takers):
+            self.add(group, argument.name, argument.text, names=argument.choices)
 
     def given(self, args: argparse.Namespace) -> dict[str, Any]:
         """The arguments that the command line gives, as a request would."""
@@ -82,15 +122,16 @@ def in_flags(error: PolicyError) -> str:
     return str(error)
 
 
-def described(takers: Iterable[tuple[str, type[Arguments]]]) -> Iterator[tuple[str, str, list[str]]]:
-    """Every argument of these methods once, with its description and the names of those that take it."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for name, arguments in takers:
-        for argument, schema in arguments.model_json_schema()["properties"].items():
-            who = found.setdefault(argument, (schema.get("description", ""), []))[1]
-            if name not in who:
-                who.append(name)
-    return ((argument, text, who) for argument, (text, who) in found.items())
+def described(takers: Iterable[tuple[str, type[Arguments]]]) -> list[Argument]:
+    """Every argument of these methods once, in the order in which they come."""
+    found: dict[str, Argument] = {}
+    for method, arguments in takers:
+        for name, schema in arguments.model_json_schema()["properties"].items():
+            argument = found.setdefault(name, Argument(name, {}, {}))
+            if method not in argument.schemas:  # a policy and its allocator may have one name
+                argument.schemas[method] = schema
+                argument.texts.setdefault(schema.get("description", ""), []).append(method)
+    return list(found.values())
 
 
 def tell_workers(args: argparse.Namespace, **entries: Any) -> None:

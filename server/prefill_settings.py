@@ -9,7 +9,7 @@ from attention_plugins.prefill.registry import DENSE, patterns
 from kvcache.method import PolicyError
 from server.calibration import read_head_tables
 from server.errors import StartError
-from server.flags import PREFILL, in_flags, tell_workers
+from server.flags import PREFILL, add_setting, in_flags, tell_workers
 from server.patterns import PatternDesk
 from server.platforms import Platform
 
@@ -19,28 +19,17 @@ ALL, NONE = "all", "none"
 def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--prefill-attention` and one `--prefill-ARGUMENT` for every argument that some pattern takes."""
     group = parser.add_argument_group(
-        "Sparse prefill (Longreach)", "What is computed of a prompt's attention; `longreach patterns` says more."
+        "Patterns", "What is computed of a prompt's attention; `longreach patterns` lists them."
     )
-    group.add_argument(
-        "--prefill-attention",
-        default=DENSE,
-        metavar="NAME",
-        help=f"Pattern of requests that name none. One of {', '.join([DENSE, *patterns()])}.",
-    )
-    group.add_argument(
-        "--prefill-calibration",
-        default=None,
-        metavar="FILE",
-        help="Tables that `longreach calibrate` has made of the model (safetensors). (minference)",
-    )
-    group.add_argument(
-        "--prefill-warm-up",
-        default=None,
-        nargs="+",
-        metavar="NAME",
-        help=f"Patterns whose GPU kernels are compiled at the start, `{ALL}` or `{NONE}`; the first request with "
-        "another one waits some seconds for that. Left out: that of --prefill-attention alone.",
-    )
+    names = [DENSE, *patterns()]
+    text = f"Pattern of requests that name none. One of {', '.join(names)}."
+    add_setting(group, "--prefill-attention", text, default=DENSE, metavar="NAME", names=names)
+    text = "Tables that `longreach calibrate --prefill` has made of the model (safetensors). (minference)"
+    add_setting(group, "--prefill-calibration", text, metavar="FILE")
+    text = f"Patterns whose GPU kernels are compiled at the start, `{ALL}` or `{NONE}`; the first request with another \
+one waits some seconds for that. Left out: that of --prefill-attention alone."
+    add_setting(group, "--prefill-warm-up", text, nargs="+", metavar="NAME", names=[*patterns(), ALL, NONE])
+    group = parser.add_argument_group("PatternArguments", "Arguments of --prefill-attention, as requests have them.")
     PREFILL.add_all(group, [(pattern.name, pattern.Args) for pattern in patterns().values()])
 
 

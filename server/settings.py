@@ -7,46 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.evidence import Evidence
+from kvcache.method import Arguments
 from kvcache.namm import NO_WEIGHTS, Network
 from kvcache.policies.base import MOST_SINKS
 from kvcache.registry import NONE, PARTS, PolicyError, policies, policy_class, takes
 from server.errors import StartError, one_line
-from server.flags import KV, in_flags, tell_workers
+from server.flags import KV, add_setting, in_flags, tell_workers
 from server.gates import read_gates
 from server.platforms import Platform
 from server.policies import HouseRules, PolicyDesk
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--kv-policy` and one `--kv-ARGUMENT` for every argument that some policy takes."""
+    """Add `--kv-policy`, what servers decide for all requests, and one `--kv-ARGUMENT` for every argument that some
+    policy takes."""
     group = parser.add_argument_group(
-        "KV compression (Longreach)", "The KV-cache policy of requests that name none; `longreach policies` says more."
+        "Policies", "What stays in the KV cache, for requests that don't say; `longreach policies` lists them."
     )
-    group.add_argument(
-        "--kv-policy", default=NONE, metavar="NAME", help=f"One of {', '.join([NONE, *policies()])}."
-    )  # fmt: skip
-    group.add_argument(
-        "--kv-namm-weights", default=None, metavar="FILE", help="Trained weights of the policy namm (safetensors)."
-    )
-    group.add_argument(
-        "--kv-always-keep",
-        default=HouseRules.always_keep,
-        type=int,
-        metavar="N",
-        help="First tokens of a prompt that every policy keeps; `sinks` can only raise it.",
-    )
-    group.add_argument(
-        "--kv-head-gates",
-        default=None,
-        metavar="FILE",
-        help="Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)",
-    )
+    names = [NONE, *policies()]
+    text = f"Policy of requests that name none. One of {', '.join(names)}."
+    add_setting(group, "--kv-policy", text, default=NONE, metavar="NAME", names=names)
+    text = "Trained weights of the policy namm (safetensors)."
+    add_setting(group, "--kv-namm-weights", text, metavar="FILE")
+    text = "First tokens of a prompt that every policy keeps, in every request; its `sinks` can only raise it."
+    add_setting(group, "--kv-always-keep", text, default=HouseRules.always_keep, type=int, metavar="N")
+    text = "Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)"
+    add_setting(group, "--kv-head-gates", text, metavar="FILE")
     for field, known in PARTS.items():
         text = f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}."
-        KV.add(group, field, text, metavar="NAME")
-    takers = [(policy.name, policy.Args) for policy in policies().values()]
-    takers += [(part.name, part.Args) for known in PARTS.values() for part in known.values()]
-    KV.add_all(group, takers)
+        KV.add(group, field, text, metavar="NAME", names=known)
+    group = parser.add_argument_group("PolicyArguments", "Arguments of --kv-policy, as requests have them.")
+    KV.add_all(group, policy_arguments())
+
+
+def policy_arguments() -> list[tuple[str, type[Arguments]]]:
+    """What policies and allocators take, by name."""
+    takers: list[tuple[str, type[Arguments]]] = [(policy.name, policy.Args) for policy in policies().values()]
+    return takers + [(part.name, part.Args) for known in PARTS.values() for part in known.values()]
 
 
 def default_policy(args: argparse.Namespace, platform: Platform) -> dict[str, Any]:

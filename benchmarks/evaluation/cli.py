@@ -30,27 +30,38 @@ from benchmarks.evaluation.store import OK, Conflict, Store
 from benchmarks.evaluation.sweep import SUITES, Sweep, SweepError, check, load
 from benchmarks.evaluation.tokens import Prompter, load_tokenizer
 from benchmarks.evaluation.variants import DENSE, Variant
+from server.commands.parsers import epilog
 
 EMBEDDED = "embedded"
+EXAMPLES = (
+    "longreach eval run --suites ruler --lengths 4096 --policies snapkv pyramidkv --out found",
+    "longreach eval run --url http://127.0.0.1:8000/v1 --suites needle --selectors quest,tokens=512 --out found",
+    "longreach eval report found",
+    "longreach eval docs found/summary.json",
+)
+METHODS = {"policies": "snapkv,window=64", "selectors": "quest,tokens=512", "patterns": "xattention,threshold=0.8"}
 START_LIMIT = 900.0
 """Seconds that a server started here may take: large models, and CUDA graphs of many selectors."""
 
 
 def arguments() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="longreach eval", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="longreach eval", description=__doc__, epilog=epilog(*EXAMPLES), formatter_class=raw
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | docs")
     run = commands.add_parser(
         "run", formatter_class=raw, help="ask, rate and store",
         description="Run suites with variants against an endpoint. Without --url a server is started and stopped "
         "again; flags behind ` -- ` go to `longreach serve`.",
+        epilog=epilog(*EXAMPLES[:2]),
     )  # fmt: skip
     add = run.add_argument
     add("sweep", nargs="?", type=Path, metavar="SWEEP.yaml", help="settings (docs/evaluation.md); flags override it")
     add("--out", type=Path, required=True, metavar="DIR", help="results.jsonl, run.json, and the report")
     add("--url", help="an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
     add("--model", help="with --url: which of its models. Without: what to serve (left out, the embedded model)")
-    add("--api-key", default="none")
+    add("--api-key", default="none", metavar="KEY", help="the endpoint's, if it wants one")
     add("--tokenizer", metavar="DIR", help="the model's; left out, the served model's folder or its /tokenize route")
     add("--suites", nargs="+", choices=list(SUITES), metavar="NAME", help=", ".join(SUITES))
     add("--lengths", help="tokens of prompt and answer together, of every suite: 2048,4096")
@@ -58,7 +69,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", help="of ruler")
     add("--seeds", help="0,1,2")
     for name in ("policies", "selectors", "patterns"):
-        add(f"--{name}", nargs="*", metavar="NAME[,ARG=VALUE...]")
+        text = f"{name} to measure beside dense, such as {METHODS[name]}; given alone: none"
+        add(f"--{name}", nargs="*", metavar="NAME[,ARG=VALUE...]", help=text)
     add("--budgets", nargs="+", help="of every policy: 25%% or 512 (tokens)")
     add("--questions", nargs="+", choices=["known", "unknown"], help="whether a policy sees the question (known)")
     add("--haystack", nargs="+", type=Path, metavar="FILE", help="text to hide needles in")
@@ -68,12 +80,21 @@ def arguments() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="ask those again that failed")
     add("--keep-going", action="store_true", help="leave out variants that the server refuses")
     add("--note", help="goes into the report, such as the machine's name")
-    report = commands.add_parser("report", help="from what is stored")
-    report.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    docs = commands.add_parser("docs", help="write docs/quality.md from summaries")
-    docs.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json")
-    docs.add_argument("--output", type=Path, default=Path("docs/quality.md"))
-    docs.add_argument("--images", type=Path, default=Path("docs/images"))
+    report = commands.add_parser(
+        "report", formatter_class=raw, help="from what is stored",
+        description="Write report.html, report.md and summary.json anew from what is stored.",
+        epilog=epilog(EXAMPLES[2]),
+    )  # fmt: skip
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of `longreach eval run --out`")
+    docs = commands.add_parser(
+        "docs", formatter_class=raw, help="write docs/quality.md from summaries",
+        description="Write docs/quality.md and its pictures.", epilog=epilog(EXAMPLES[3]),
+    )  # fmt: skip
+    docs.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json", help="of `longreach eval report`")
+    text = "where the page goes (default: %(default)s)"
+    docs.add_argument("--output", type=Path, metavar="FILE", default=Path("docs/quality.md"), help=text)
+    text = "folder of its pictures (default: %(default)s)"
+    docs.add_argument("--images", type=Path, metavar="DIR", default=Path("docs/images"), help=text)
     return parser
 
 

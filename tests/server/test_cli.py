@@ -19,6 +19,7 @@ from attention_plugins.prefill.registry import patterns
 from kvcache.registry import policies
 from server.arguments import EMBEDDED_CACHE_BYTES, resolve_model
 from server.cli import main
+from server.commands import COMMANDS
 from server.doctor import Finding
 from server.embedded import EMBEDDED_MODEL_NAME, EmbeddedModelError
 from server.embedded_models import GEMMA3, EmbeddedModel
@@ -68,7 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return call
 
 
-COMMANDS = ("serve", "policies", "selectors", "patterns", "explain", "head-gates", "calibrate", "eval", "doctor")
+NAMES = [command.name for command in COMMANDS]
 
 
 def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
@@ -84,9 +85,9 @@ def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     for argv in ((), ("--help",), ("-h",)):
         outcome = run(*argv)
         assert outcome.code == 0
-        assert all(f"\n  {command}" in outcome.out for command in COMMANDS)
+        assert all(f"\n  {command}" in outcome.out for command in NAMES)
     assert run("--version").out.strip() == version("longreach")
-    fails(run("server"), "unknown command 'server'", ", ".join(COMMANDS))
+    fails(run("server"), "unknown command 'server'", ", ".join(NAMES))
 
 
 def test_a_named_model_is_served_as_asked(run: Run, tmp_path: Path) -> None:
@@ -234,13 +235,17 @@ def test_exit_codes_of_a_start_that_fails(run: Run, no_unpacking: Path) -> None:
 def test_help_lists_every_flag_of_ours(run: Run) -> None:
     overview = run("serve", "--help")
     assert overview.code == 0
-    assert "longreach serve [MODEL]" in overview.out and "KV compression (Longreach)" in overview.out
+    assert "longreach serve [MODEL]" in overview.out and "\n  PolicyArguments " in overview.out
     flags = run("serve", "--help=all").out
     for policy in policies().values():
         for name in policy.Args.model_fields:
             assert f"--kv-{name.replace('_', '-')} VALUE" in flags
     assert "--kv-policy NAME" in flags and "--max-model-len" in flags
     assert "25%" in " ".join(run("serve", "--help=kv-budget").out.split())
+    group = run("serve", "--help=policies").out
+    assert "--kv-always-keep N" in group and "--kv-window" not in group and "--max-model-len" not in group
+    assert "--max-model-len" in run("serve", "--help=ModelConfig").out
+    assert overview.out.index("PatternArguments") < overview.out.index("ModelConfig")
 
 
 def test_help_needs_no_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,14 +342,14 @@ def test_selectors_reach_the_engine(run: Run, no_unpacking: Path) -> None:
     fails(run("serve", "--decode-selectors", "tide"), "--decode-selectors: tide: there are recycled")
     fails(run("serve", "--decode-tokens", "64"), "--decode-tokens without a selector")
     flags = run("serve", "--help=all").out
-    assert "Sparse decoding (Longreach)" in flags and "--decode-min-context VALUE" in flags
+    assert "SelectorArguments" in flags and "--decode-min-context VALUE" in flags
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "from server.cli import main; main(['policies', '--json'])",
-        "from server.cli import _reader_may_leave as leave\nwith leave(): print('less than the buffer')",
+        "from server.commands.ending import reader_may_leave as leave\nwith leave(): print('less than the buffer')",
     ],
 )
 def test_output_may_be_cut_off_by_its_reader(code: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from server import explain as module
 from server.cli import main
+from server.commands.explain import split
 from server.errors import StartError
 from server.explain import (
     Explanation,
@@ -21,7 +22,6 @@ from server.explain import (
     narrowed,
     read_prompt,
     rendered,
-    split,
     strip,
     summary,
 )
@@ -198,7 +198,7 @@ def prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 )
 def test_flags_are_those_of_serve(prompt: str, flags: list[str], words: dict[str, Any]) -> None:
     with pytest.raises(Started) as started:
-        explain([prompt, *flags])
+        explain(*split([prompt, *flags]))
     got, text, special = started.value.args
     assert got.items() >= words.items()
     assert (text, special) == ("What is kept?", True)
@@ -217,4 +217,4 @@ def test_flags_are_those_of_serve(prompt: str, flags: list[str], words: dict[str
 )
 def test_wrong_flags_are_told_before_anything_starts(prompt: str, flags: list[str], message: str) -> None:
     with pytest.raises(StartError, match=message):
-        explain([prompt, *flags])
+        explain(*split([prompt, *flags]))
