@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
 from argparse import Namespace
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -20,6 +22,7 @@ from kvcache.registry import PolicyError
 from server.calibration import CacheShape, read_calibration, read_head_tables
 from server.decode_settings import selector_desk
 from server.desks import Desks
+from server.draining import Door
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.flags import in_flags
@@ -35,6 +38,8 @@ _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_proc
                   "vllm.stat_logger_plugins")  # fmt: skip
 # It downloads what clients name, so vLLM takes its being on the list for consent, which is the user's to give.
 _ONLY_BY_NAME = "lora_hf_hub_resolver"
+_CLOSING = 5.0
+"""Seconds that open connections have to end when the engine has."""
 
 
 def allow_plugin() -> None:
@@ -81,7 +86,7 @@ class _Stop:
 
 
 async def serve(args: Namespace, default: dict[str, Any], platform: Platform) -> None:
-    """Run the server until it is told to stop.
+    """Run the server until it is told to stop, and then until the requests under way have finished.
 
     Args:
         args: vLLM's arguments.
@@ -90,7 +95,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
 
     Raises:
         StartError: the address, the model, or the configuration together with compression.
-        KeyboardInterrupt: told to stop before the server listened.
+        KeyboardInterrupt: told to stop before the server listened, or it stopped with requests unfinished.
     """
     stop = _Stop()
     allow_plugin()
@@ -109,7 +114,10 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             shutdown = await build_and_serve(engine, address, sock, args)
         finally:
             engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
-        await shutdown  # open connections end when the engine has
+        with suppress(TimeoutError):  # a client that doesn't read its answer holds its connection
+            await asyncio.wait_for(shutdown, _CLOSING)
+        if engine.drained is False:
+            raise KeyboardInterrupt
     finally:
         sock.close()
 
@@ -178,6 +186,7 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     except PolicyError as error:
         engine.shutdown()
         raise StartError(in_flags(error)) from None
+    engine.door = Door(asyncio.get_running_loop())
     engine.desks = desks
     engine.metrics = CompressionMetrics(config.model_config.served_model_name)
     engine.decode_metrics = DecodeMetrics(config.model_config.served_model_name)

@@ -24,6 +24,9 @@ from server.settings import add_flags
 EMBEDDED_CACHE_BYTES = 1 << 30
 """KV cache of the embedded model: 46 000 tokens, five prompts of its full length."""
 
+DRAIN_SECONDS = 25
+"""What a server that is told to stop gives the requests under way: 5 s are left of the 30 of Kubernetes."""
+
 
 class _Parser(FlexibleArgumentParser):
     """vLLM's parser, with a proposal for a flag that doesn't exist."""
@@ -63,7 +66,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_prefill_flags(parser)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
-    parser.set_defaults(model=None, host="127.0.0.1", **eager)
+    parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)
     return parser
 
 

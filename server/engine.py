@@ -6,16 +6,21 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from attention_plugins.decode.registry import FIELD as DECODE_FIELD
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.desks import Desks, Words
+from server.draining import Door
 from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.scope import KV_FIELD, RequestScope, current_scope
+
+_DEAD = "The engine died while it worked on this request. Send it again: the server, once restarted, will answer."
+_CUT = "The server is stopping, and this request didn't finish in time. Send it again to another server."
 
 
 class LongreachLLM(AsyncLLM):
@@ -25,6 +30,23 @@ class LongreachLLM(AsyncLLM):
     metrics: CompressionMetrics
     decode_metrics: DecodeMetrics
     prefill_metrics: PrefillMetrics
+    door: Door | None = None
+    """There once the engine has started."""
+    drained: bool | None = None
+    """Whether all requests finished before the engine was told to stop; None before that."""
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """As vLLM's, which calls this in a thread when the server is told to stop, after a drain of `timeout` s."""
+        if self.door and self.drained is None and not self.errored:
+            self.drained = self.door.drain(timeout or 0, self._cut)
+            if handler := self.output_handler:  # nothing comes any more; it would report that the engine has died
+                handler.get_loop().call_soon_threadsafe(handler.cancel)
+        super().shutdown(timeout=0)
+
+    def _cut(self) -> None:
+        """Tell all clients that their requests won't finish."""
+        if self.door and self.door.loop:
+            self.door.loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """As vLLM's. Not a coroutine, so that a refusal comes before an answer, also a streamed one, has begun.
@@ -54,8 +76,8 @@ class LongreachLLM(AsyncLLM):
         self, outputs: AsyncGenerator[Any, None], words: dict[str, Words], scope: RequestScope | None
     ) -> AsyncGenerator[Any, None]:
         """Take our usage out of the dictionary of KV connectors, in which it travels."""
-        async with aclosing(outputs):
-            async for output in outputs:
+        async with aclosing(_clear(outputs, self.door)) as clear:
+            async for output in clear:
                 params = output.kv_transfer_params or {}
                 told = params.pop(EXTRA_ARG, None)
                 if told:
@@ -103,6 +125,20 @@ class LongreachLLM(AsyncLLM):
                 "policy 'none', or start the server with more KV cache memory (--kv-cache-memory-bytes).",
                 parameter="kv_cache.budget",
             )
+
+
+async def _clear(outputs: AsyncGenerator[Any, None], door: Door | None) -> AsyncGenerator[Any, None]:
+    """With an error that tells a client what to do when the engine died, or stopped before a request had finished.
+
+    Raises:
+        RetryableRequestError: a 503, or the last event of a stream.
+    """
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    except EngineDeadError:
+        raise RetryableRequestError(_CUT if door and door.closed else _DEAD) from None
 
 
 def _all_kept(words: Words, output: Any) -> dict[str, Any]:

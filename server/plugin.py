@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from server.draining import Door, DrainingMiddleware
 from server.middleware import FieldsMiddleware
 
 router = APIRouter()
@@ -41,6 +42,18 @@ async def show_models(request: Request) -> JSONResponse:
     return JSONResponse(content)
 
 
+@router.get("/ready")
+async def show_readiness(request: Request) -> JSONResponse:
+    """Whether new requests should come here: 503 once the server drains, or its engine is dead.
+
+    `/health` is for liveness: a server that drains is healthy, and restarting it would lose what it still does.
+    """
+    door: Door = request.app.state.longreach_door
+    status = "draining" if door.closed else "engine dead" if request.app.state.engine_client.errored else "ready"
+    content = {"status": status, "requests_under_way": door.under_way}
+    return JSONResponse(content, status_code=200 if status == "ready" else 503)
+
+
 class LongreachPlugin:
     """vLLM's `EndpointPlugin`: attached in `build_app`, given the engine in `init_app_state`."""
 
@@ -51,9 +64,11 @@ class LongreachPlugin:
         app.include_router(router)
         # Added before vLLM's own, so it runs inside them: authentication comes first.
         app.add_middleware(FieldsMiddleware)
+        app.add_middleware(DrainingMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         state.longreach_desks = engine_client.desks
+        state.longreach_door = engine_client.door
 
 
 def create_plugin() -> LongreachPlugin:

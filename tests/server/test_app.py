@@ -24,6 +24,7 @@ import pytest
 from server import app
 from server.app import allow_plugin, serve
 from server.arguments import resolve_model
+from server.draining import Door
 from server.errors import StartError, one_line
 from server.platforms import Platform, prepare
 from server.policies import PolicyDesk
@@ -44,9 +45,11 @@ class FakeEngine:
     model_config = None
     errored = is_running = False
     vllm_config = SimpleNamespace(shutdown_timeout=0, model_config=None)
+    drained = True
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.door = Door()
 
     async def reset_mm_cache(self) -> None:
         self.log.append("reset")

@@ -18,6 +18,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, init_endpoin
 from attention_plugins.decode.registry import selectors
 from kvcache.registry import policies
 from server.app import allow_plugin
+from server.draining import Door
 from server.plugin import LongreachPlugin, create_plugin
 from server.policies import PolicyDesk
 from server.scope import current_scope
@@ -25,6 +26,7 @@ from tests.server.asgi import USAGE, desks
 
 DESK = PolicyDesk({"policy": "random", "budget": "25%"}, 32)
 DESKS = desks(DESK, default={"selector": "recycled"})
+ENGINE = SimpleNamespace(desks=DESKS, door=Door(), errored=False)
 Client = Callable[..., TestClient]
 
 
@@ -71,7 +73,8 @@ def client(parse: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch) -> 
         app.add_api_route("/v1/echo", echo, methods=["POST"])
         app.state.openai_serving_models = Models()
         app.state.log_stats = False
-        asyncio.run(init_endpoint_plugins_state(SimpleNamespace(desks=DESKS), app.state, args))
+        app.state.engine_client = ENGINE
+        asyncio.run(init_endpoint_plugins_state(ENGINE, app.state, args))
         open_clients.append(TestClient(app))
         return open_clients[-1]
 
@@ -128,6 +131,25 @@ def test_requests_pass_the_middleware(client: Client) -> None:
     assert int(response.headers["content-length"]) == len(response.content)
     events = client().post("/v1/echo", json={"stream": True}).text
     assert events.startswith("data: {}\n\n") and events.endswith("data: [DONE]\n\n") and '"kv_cache":' in events
+
+
+def test_readiness_turns_red_when_the_server_drains_or_its_engine_is_dead(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = client("--api-key", "secret")  # kubelets have none
+
+    def ready() -> tuple[int, Any]:
+        response = app.get("/ready")
+        return response.status_code, response.json()
+
+    assert ready() == (200, {"status": "ready", "requests_under_way": 0})
+    monkeypatch.setattr(ENGINE, "errored", True)
+    assert ready() == (503, {"status": "engine dead", "requests_under_way": 0})
+    monkeypatch.setattr(ENGINE, "errored", False)
+    monkeypatch.setattr(ENGINE.door, "closed", True)
+    assert ready() == (503, {"status": "draining", "requests_under_way": 0})
+    response = app.post("/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer secret"})
+    assert (response.status_code, error_of(response)["type"]) == (503, "ServiceUnavailableError")
 
 
 def test_vllms_routes_pass_it_too(client: Client) -> None:
