@@ -171,8 +171,8 @@ def test_an_installed_policy_brings_its_flags(
     help_text = " ".join(parser.format_help().split())
     assert "--kv-loud-ness VALUE How loud (loud)." in help_text
     assert "One of uniform, pyramid, zigzag, zipvl, d2o." in help_text and "One of equal, adakv." in help_text
-    assert "(zigzagkv, zigzag)" in help_text  # the takers of --kv-mass
-    assert "is sure of. (adakv)" in help_text  # policy and allocator of one name
+    assert "(zigzagkv, zigzag)." in help_text  # the takers of --kv-mass
+    assert "is sure of (adakv)." in help_text  # policy and allocator of one name
     assert "random, loud" in help_text  # among the takers of --kv-sinks, and the names of --kv-policy
 
 
