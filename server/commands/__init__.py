@@ -52,6 +52,7 @@ COMMANDS = (
     Command("calibrate", "measure what some selectors and patterns need to know", "server.commands.calibrate"),
     Command("eval", "measure what policies, selectors and patterns lose", "server.commands.evaluate"),
     Command("doctor", "say what this machine, or a model, can use", "server.commands.doctor", flags_of_serve=True),
+    Command("completion", "print a script that completes all this in a shell", "server.commands.completion"),
 )
 
 EXIT_CODES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_every_help_has_examples_that_its_parser_takes(command: Command, parsers
     examples = [example for parser in found.values() for example in examples_of(parser)]
     assert examples and all(example in "\n".join(p.format_help() for p in found.values()) for example in examples)
     for example in examples:
-        words = shlex.split(example.partition(" < ")[0].partition(" -- ")[0])
+        words = shlex.split(re.split(" [<>] | -- ", example)[0])
         assert words[:2] == ["longreach", command.name]
         if command.flags_of_serve:
             _, flags = found[command.name].parse_known_args(words[2:])
