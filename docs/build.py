@@ -1,4 +1,4 @@
-"""Write the pages of policies, selectors, patterns and models from what the source says: `make docs`.
+"""Write the pages of methods, models, settings and commands from what the source says: `make docs`.
 
 A test checks that the pages are current.
 """
@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from attention_plugins.decode.registry import BUILT_IN as SELECTORS
 from attention_plugins.prefill.registry import BUILT_IN as PATTERNS
+from docs import reference
 from kvcache.registry import BUILT_IN, PARTS
 from server import rules
 from server.patterns import needs_of as pattern_needs
@@ -106,7 +107,7 @@ def pages() -> dict[str, str]:
         keep_trailing_newline=True,
     )  # fmt: skip
     jinja.filters["arguments"] = arguments
-    return {**_policies(jinja), **_selectors(jinja), **_patterns(jinja), **_models(jinja)}
+    return {**_policies(jinja), **_selectors(jinja), **_patterns(jinja), **_models(jinja), **_reference(jinja)}
 
 
 def _policies(jinja: Environment) -> dict[str, str]:
@@ -188,6 +189,13 @@ def _models(jinja: Environment) -> dict[str, str]:
     return {"models.md": page.render(zoo=zoo, models=rules.MODELS, settings=rules.SETTINGS, works=rules.WORKS)}
 
 
+def _reference(jinja: Environment) -> dict[str, str]:
+    return {
+        "settings.md": jinja.get_template("settings.md.jinja").render(**reference.settings()),
+        "commands.md": jinja.get_template("commands.md.jinja").render(**reference.commands()),
+    }
+
+
 def _specimen(specimen: Specimen) -> dict[str, Any]:
     shape = {**COMMON, **specimen.shape}
     query, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
@@ -196,7 +204,8 @@ def _specimen(specimen: Specimen) -> dict[str, Any]:
         "full": len(specimen.full),
         "layers": shape["num_hidden_layers"],
         "heads": f"{query}, {kv_heads}, {size}",
-        **{name: getattr(specimen, name) for name in ("dtype", "selectors", "exact", "cpu")},
+        "cpu": "cpu" not in specimen.refused,
+        **{name: getattr(specimen, name) for name in ("dtype", "selectors", "exact")},
     }
 
 

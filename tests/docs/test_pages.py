@@ -34,6 +34,7 @@ def test_pages_are_current(build: ModuleType) -> None:
     """When this fails: `make docs`."""
     folders = [page for folder in ("policies", "selectors", "patterns") for page in (DOCS / folder).glob("*.md")]
     pages = [*folders, DOCS / "selectors.md", DOCS / "patterns.md", DOCS / "pattern-quality.md", DOCS / "models.md"]
+    pages += [DOCS / "settings.md", DOCS / "commands.md"]
     written = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in pages}
     assert written == build.pages()
 
