@@ -25,6 +25,7 @@ CASES = [
     Case(300, 999, kv_heads=1, group=1, dim=32, page=32),
     Case(260, 600, dim=24, page=8),
     Case(256, 768, page=128),
+    Case(140, 420, kv_heads=1, group=3, dim=256),
 ]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

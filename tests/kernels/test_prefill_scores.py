@@ -23,6 +23,7 @@ CASES = [
     Case(200, 1035, group=3),
     Case(300, 999, kv_heads=1, group=1, dim=32, page=32),
     Case(130, 600, dim=24),
+    Case(140, 420, kv_heads=1, group=3, dim=256),
 ]
 TOLERANCE = {torch.float32: (1e-4, 1e-6), torch.float16: (1e-2, 2e-3), torch.bfloat16: (5e-2, 2e-2)}
 

@@ -21,6 +21,7 @@ CASES = [
     Case(40, 700, group=3, page=8),
     Case(300, 999, kv_heads=3, group=1, dim=32, page=32),
     Case(130, 600, dim=24, group=8),
+    Case(140, 420, kv_heads=1, group=3, dim=256),
 ]
 
 

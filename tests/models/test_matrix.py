@@ -64,10 +64,14 @@ def test_every_model_has_a_row_and_what_is_refused_is_so_by_name(everything: dic
 
 @each
 def test_none_is_token_identical_to_stock_vllm(rows: dict[str, Any], name: str) -> None:
+    """The second time from the prefix cache, whose last tokens are a chunk of another length: in 16 bits, stock vLLM's
+    sums round otherwise there, too."""
     row = rows[name]
-    assert row["none"] == row["stock"]
-    assert row["again"] == row["stock"], "the second time from the prefix cache"
     assert row["cached_tokens"] == PROMPT // row["page"] * row["page"]
+    assert row["stock_anew"] == row["stock"], "kernels that don't answer alike twice"
+    assert row["none"] == row["stock"]
+    assert row["again"] == row["stock_again"]
+    assert row["device"] == "cuda" or row["again"] == row["stock"]
 
 
 @each

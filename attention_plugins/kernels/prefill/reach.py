@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_plugins.kernels.prefill.keys import load_keys, load_rows, paged
+from attention_plugins.kernels.prefill.keys import fitting, load_keys, load_rows, paged
 from attention_plugins.kernels.prefill.pools import pooled_queries
 from attention_plugins.prefill.base import Chunk
 from attention_plugins.prefill.grid import ROWS
@@ -103,7 +103,8 @@ def near_maxima(chunk: Chunk, span: int) -> torch.Tensor:
     anchors = torch.empty(chunk.num_heads, blocks, device=given.queries.device)
     _near_maxima[(group, blocks, kv_heads)](
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), anchors,
-        chunk.q_len, chunk.k_len, span, blocks, chunk.scale * given.key_scale, **given.shape, ROWS=ROWS, **MAXIMA,
+        chunk.q_len, chunk.k_len, span, blocks, chunk.scale * given.key_scale, **given.shape, ROWS=ROWS,
+        **fitting(MAXIMA, given.shape["DIM"]),
     )  # fmt: skip
     return anchors
 
@@ -114,9 +115,10 @@ def group_slack(chunk: Chunk, anchors: torch.Tensor, span: int) -> torch.Tensor:
     groups = (grid.offset + (grid.q_blocks - 1) * ROWS) // span - grid.offset // span + 1
     means = pooled_queries(chunk).to(given.queries.dtype)
     slack = torch.empty(chunk.num_heads, groups, grid.k_units, device=means.device)
-    _group_slack[(triton.cdiv(grid.k_len, SLACK["KEYS"]), given.heads[0])](
+    sizes = fitting(SLACK, given.shape["DIM"])
+    _group_slack[(triton.cdiv(grid.k_len, sizes["KEYS"]), given.heads[0])](
         means, anchors.contiguous(), given.pages, given.table, given.table.stride(0), slack, grid.q_len, grid.k_len,
         span, grid.q_blocks, groups, grid.k_units, chunk.scale * given.key_scale,
-        **given.shape, GROUP_2=triton.next_power_of_2(given.heads[1]), ROWS=ROWS, UNIT=grid.unit, **SLACK,
+        **given.shape, GROUP_2=triton.next_power_of_2(given.heads[1]), ROWS=ROWS, UNIT=grid.unit, **sizes,
     )  # fmt: skip
     return slack

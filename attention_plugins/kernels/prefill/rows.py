@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_plugins.kernels.prefill.keys import MAX_SPLITS, PROGRAMS, Paged, load_keys, load_rows, paged
+from attention_plugins.kernels.prefill.keys import MAX_SPLITS, PROGRAMS, Paged, fitting, load_keys, load_rows, paged
 from attention_plugins.prefill.base import Chunk
 
 STEP = 32
@@ -253,8 +253,8 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
     """Of the causal softmax of some of the chunk's queries, int64 [m], counted from its start."""
     given, m = paged(chunk), len(rows)
     kv_heads, group = given.heads
-    tiles = triton.cdiv(group * m, DENOMINATORS["ROWS"])
-    keys = DENOMINATORS["KEYS"]
+    sizes = fitting(DENOMINATORS, given.shape["DIM"])
+    tiles, keys = triton.cdiv(group * m, sizes["ROWS"]), sizes["KEYS"]
     most = max(1, min(PROGRAMS // (kv_heads * tiles), MAX_SPLITS))
     splits = min(triton.cdiv(chunk.k_len, 4 * keys), most)
     keys_each = triton.cdiv(triton.cdiv(chunk.k_len, splits), keys) * keys
@@ -262,7 +262,7 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
     partial = torch.empty(chunk.num_heads * m, splits, device=rows.device)
     _denominators[(tiles, kv_heads, splits)](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, m,
-        chunk.offset, given.scale, splits, keys_each, **given.shape, **DENOMINATORS,
+        chunk.offset, given.scale, splits, keys_each, **given.shape, **sizes,
     )  # fmt: skip
     return Denominators(partial, given, triton.next_power_of_2(most))
 
@@ -271,10 +271,11 @@ def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     """See `attention_plugins.prefill.scores.column_sums`."""
     partial, given, most_splits = denominators(chunk, rows)
     columns = torch.empty(chunk.num_heads, chunk.k_len, device=rows.device)
-    _columns[(triton.cdiv(chunk.k_len, COLUMNS["KEYS"]), given.heads[0])](
+    sizes = fitting(COLUMNS, given.shape["DIM"])
+    _columns[(triton.cdiv(chunk.k_len, sizes["KEYS"]), given.heads[0])](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, columns,
         len(rows), chunk.offset, chunk.k_len, given.scale, partial.shape[1],
-        **given.shape, SPLITS=most_splits, **COLUMNS,
+        **given.shape, SPLITS=most_splits, **sizes,
     )  # fmt: skip
     return columns
 
@@ -302,7 +303,7 @@ def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
         chunk.num_heads, STEP, steps * STEP, device=partial.device, dtype=torch.float16 if half else torch.float32
     )
     factor = 8192.0 if half else 1.0
-    sizes = STRIPES if group > FEW_STRIPES["MEMBERS"] else FEW_STRIPES
+    sizes = fitting(STRIPES if group > FEW_STRIPES["MEMBERS"] else FEW_STRIPES, given.shape["DIM"])
     tiles = triton.cdiv(group, sizes["MEMBERS"])
     splits = max(1, min(steps // 8, PROGRAMS // (kv_heads * tiles)))
     each = triton.cdiv(steps, splits)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_plugins.kernels.prefill.keys import load_keys, load_rows, paged
+from attention_plugins.kernels.prefill.keys import fitting, load_keys, load_rows, paged
 from attention_plugins.prefill.base import Chunk
 from attention_plugins.prefill.grid import ROWS
 
@@ -79,6 +79,6 @@ def best_of_chunks(chunk: Chunk, starts: torch.Tensor, size: int, stride: int, s
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), starts, scores, size,
         m, chunk.q_len, chunk.k_len, blocks, chunk.num_kv_heads if share_heads else 1, stride,
         chunk.scale * given.key_scale,
-        **given.shape, ROWS=ROWS, **SEARCH,
+        **given.shape, ROWS=ROWS, **fitting(SEARCH, given.shape["DIM"]),
     )  # fmt: skip
     return scores
