@@ -32,14 +32,21 @@ def test_configurations_are_complete(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def row(step: float, **more: Any) -> dict[str, Any]:
-    return {"model": "m", "decode_step_ms": step, **more}
+    return {"model": "m", "decode_step_ms": step, "requests": 8, "running": 8, **more}
 
 
 @pytest.mark.parametrize(("step", "within"), [(10.9, True), (11.1, False)])
 def test_the_verdict_compares_steps_at_the_same_true_length(step: float, within: bool) -> None:
     usage = {"kept_tokens": {"mean": 2040.0}, "bytes_held": 128, "bytes_freed": 896, "other_layers": {"bytes_held": 64}}
-    rows = [row(10.0), row(10.1), row(step, usage=usage, block_bytes=1, blocks_held=1544, requests=8, leaked=0)]
+    rows = [row(10.0), row(10.1), row(step, usage=usage, block_bytes=1, blocks_held=1544, leaked=0)]
     found = verdict(rows)
     assert found["within_10_percent"] is within
     assert (found["none_ratio"], found["compressed_ratio"]) == (1.01, round(step / 10, 3))
     assert (found["freed_share"], found["blocks_of_a_request"], found["blocks_held_each"]) == (0.875, 192, 193.0)
+
+
+def test_steps_of_fewer_requests_than_asked_for_are_told() -> None:
+    usage = {"kept_tokens": {"mean": 2040.0}, "bytes_held": 128, "bytes_freed": 896}
+    rows = [row(10.0), row(10.1), row(10.0, usage=usage, block_bytes=1, blocks_held=8, leaked=0)]
+    assert verdict(rows)["all_running"]
+    assert not verdict([*rows[:2], rows[2] | {"running": 7}])["all_running"]
