@@ -10,6 +10,23 @@ from kvcache.plan import RetentionPlan
 
 TOTALS = ("compactions", "tokens_seen", "tokens_kept", "blocks_freed", "nan_scores", "seconds")
 
+POOL = "longreach_pool"
+"""Under which name a step's statistics hold `pool_blocks`."""
+
+
+def pool_blocks(total: int, free: int, compacted: int) -> dict[str, int]:
+    """Blocks of the KV cache by what holds them.
+
+    Args:
+        total: all that requests can have.
+        free: those that no request holds, whether or not the prefix cache still finds something in them.
+        compacted: those of compacted requests: what compaction kept, and what came since.
+
+    Returns:
+        By state: `compacted`, `dense` (all other requests', also prompts that wait for their compaction), `free`.
+    """
+    return {"compacted": compacted, "dense": total - free - compacted, "free": free}
+
 
 @dataclass
 class CompressionTotals:

@@ -30,6 +30,7 @@ from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.model_layers import full_layers
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
+from server.pool_logger import PoolLogger
 from server.prefill_settings import pattern_desk
 from server.refusals import refuse_config
 from server.settings import house_rules
@@ -40,6 +41,7 @@ _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_proc
 _ONLY_BY_NAME = "lora_hf_hub_resolver"
 _CLOSING = 5.0
 """Seconds that open connections have to end when the engine has."""
+_OUTERMOST = "server.error_counter.ErrorCounter"
 
 
 def allow_plugin() -> None:
@@ -99,6 +101,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
     """
     stop = _Stop()
     allow_plugin()
+    args.middleware = [*args.middleware, _OUTERMOST]
     address, sock = _listen(args)
     try:
         try:
@@ -174,6 +177,7 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
+            stat_loggers=None if engine_args.disable_log_stats else [PoolLogger],
         )
     except (ValueError, OSError) as error:
         raise StartError(f"{args.model} can't be served: {one_line(error)}") from error

@@ -1,8 +1,12 @@
-"""Prometheus metrics of compression and of sparse decoding; they appear in vLLM's `/metrics`."""
+"""Prometheus metrics of compression, sparse attention and refusals; they appear in vLLM's `/metrics`."""
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from collections.abc import Sequence
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from kvcache.usage import pool_blocks
 
 NAMES = {
     "compactions": ("longreach_kv_compactions", "Prompts compacted."),
@@ -87,3 +91,47 @@ class PrefillMetrics:
         for pattern, values in totals.items():
             for name, counter in self.counters.items():
                 counter.follow(values[name], self.model_name, pattern)
+
+
+class PoolMetrics:
+    """What holds the blocks of the KV cache, as of the engine's last step."""
+
+    def __init__(self, model_name: str, blocks: int, registry: CollectorRegistry = REGISTRY) -> None:
+        """Args:
+        blocks: all that requests can have; free, until the first step tells.
+        """
+        self.model_name = model_name
+        help_text = (
+            "Blocks of the KV cache by what holds them: compacted requests, other requests (dense), none (free)."
+        )
+        self.gauge = Gauge("longreach_kv_blocks", help_text, ["model_name", "state"], registry=registry)
+        self.update(pool_blocks(blocks, free=blocks, compacted=0))
+
+    def update(self, blocks: dict[str, int]) -> None:
+        """Set the gauge to what `kvcache.usage.pool_blocks` returns."""
+        for state, number in blocks.items():
+            self.gauge.labels(self.model_name, state).set(number)
+
+
+class ErrorMetrics:
+    """Requests that were answered with an error, by HTTP status and by the field of ours that was wrong."""
+
+    def __init__(self, fields: Sequence[str], registry: CollectorRegistry = REGISTRY) -> None:
+        """Args:
+        fields: the request fields that get a value of the label `field`; other errors have an empty one.
+        """
+        self.fields = fields
+        help_text = "Requests answered with an error; field: which field of ours was wrong."
+        self.counter = Counter("longreach_request_errors", help_text, ["code", "field"], registry=registry)
+        for field in ("", *fields):  # there from the start, so that rates see the first one
+            self.counter.labels("400", field)
+        self.counter.labels("500", "")
+
+    def count(self, code: int, param: str | None = None) -> None:
+        """Count one.
+
+        Args:
+            param: the field that the answer names, as in OpenAI's `error.param`.
+        """
+        field = (param or "").partition(".")[0]
+        self.counter.labels(str(code), field if field in self.fields else "").inc()

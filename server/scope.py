@@ -12,6 +12,7 @@ from attention_plugins.decode.registry import FIELD as DECODE_FIELD
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 
 KV_FIELD = "kv_cache"
+FIELDS = (KV_FIELD, DECODE_FIELD, PREFILL_FIELD)
 
 
 @dataclass

@@ -32,6 +32,7 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_SCHEDULER, "Scheduler._reserve_prefill_lookahead", ("request", "num_computed_tokens", "num_new_tokens")),
     (_SCHEDULER, "Scheduler._connector_finished", ("request",)),
     (_SCHEDULER, "Scheduler._free_blocks", ("request",)),
+    (_SCHEDULER, "Scheduler.make_stats", ("kv_connector_stats",)),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks", ("blocks",)),
     (_COORDINATOR, "KVCacheCoordinator.find_longest_cache_hit", ("block_hashes", "max_cache_hit_length")),
     # kvcache.vllm_adapter.beside
@@ -42,7 +43,10 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # server.engine overrides or calls these
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
-    ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context", "stat_loggers")),
+    # server.pool_logger is one; those that are asked for come before vLLM's own
+    ("vllm.v1.metrics.loggers", "StatLoggerManager.__init__", ("custom_stat_loggers",)),
+    ("vllm.v1.metrics.loggers", "StatLoggerBase.record", ("scheduler_stats", "iteration_stats", "engine_idx")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method",)),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
     # attention_plugins.vllm_adapter.rotary reads what this is given

@@ -25,7 +25,7 @@ from kvcache.orders import Compact, CompactionReport, Start
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policy_words
-from kvcache.usage import CompressionTotals, kv_cache_usage
+from kvcache.usage import POOL, CompressionTotals, kv_cache_usage, pool_blocks
 from kvcache.vllm_adapter.beside import LayersBeside, compressible_manager, pool_block_bytes
 from kvcache.vllm_adapter.manager import register_spec
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders, reports_of
@@ -265,6 +265,23 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
                 if request and request.sampling_params and request.sampling_params.stop:
                     output.kv_transfer_params = self._told(request)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics of a step, and who holds the pool's blocks, in the one dictionary there that is free."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.kv_connector_stats = {POOL: self._pool()}
+        return stats
+
+    def _pool(self) -> dict[str, int]:
+        page_size, compacted = self.kv_blocks.block_size, 0
+        for request in self.running:
+            compression = self.compressions[request.request_id]
+            if compression.plan and compression.boundary:
+                since = len(self.kv_blocks.req_to_blocks[request.request_id]) - compression.boundary // page_size
+                compacted += compression.plan.kept_pages + since
+        pool = self.kv_cache_manager.block_pool
+        return pool_blocks(pool.num_gpu_blocks - 1, pool.get_num_free_blocks(), compacted)
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """The one road from here into a request's final output: vLLM's dictionary for KV connectors."""

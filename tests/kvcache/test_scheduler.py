@@ -15,7 +15,7 @@ from attention_plugins.decode.schedule import Prepare, Read, ReadSchedule
 from attention_plugins.decode.settings import DecodeSettings
 from kvcache.orders import Compact, CompactionReport
 from kvcache.plan import RetentionPlan
-from kvcache.usage import CompressionTotals
+from kvcache.usage import POOL, CompressionTotals
 
 pytest.importorskip("vllm")
 
@@ -339,3 +339,28 @@ def test_blocks_that_plans_cant_be_made_of_leave_the_prompt_dense() -> None:
     scheduler.kv_blocks.block_size = 96
     request = prefilling(scheduler, 400)
     assert not scheduler.prefills["r"].planned and request.block_hashes == ["old"]
+
+
+@pytest.mark.parametrize(
+    "kind, boundary, held, compacted",
+    [
+        (None, 0, 25, 0),
+        ({"policy": "snapkv", "budget": 100}, 0, 19, 0),  # its prompt is still whole
+        ({"policy": "snapkv", "budget": 100}, 300, 25, 5 + 25 - 18),  # kept pages, the tail's block and those since
+        ({"policy": "streamingllm", "budget": 100, "interval": 64}, 352, 25, 5 + 25 - 22),
+    ],
+)
+def test_statistics_tell_what_holds_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any] | None, boundary: int, held: int, compacted: int
+) -> None:
+    scheduler = Alone()
+    request = scheduler.plan(kind)
+    scheduler.running = [request]
+    scheduler.compressions["r"].boundary = boundary
+    scheduler.kv_blocks.req_to_blocks["r"] = [None] * held
+    scheduler.kv_cache_manager.block_pool.get_num_free_blocks = lambda: 900
+    monkeypatch.setattr(Scheduler, "make_stats", lambda *_: SimpleNamespace(kv_connector_stats=None))
+    told = scheduler.make_stats().kv_connector_stats
+    assert told == {POOL: {"compacted": compacted, "dense": 100 - compacted, "free": 900}}
+    monkeypatch.setattr(Scheduler, "make_stats", lambda *_: None)  # --disable-log-stats
+    assert scheduler.make_stats() is None

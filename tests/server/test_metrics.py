@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvcache.usage import TOTALS
-from server.metrics import NAMES, CompressionMetrics, DecodeMetrics
+from kvcache.usage import TOTALS, pool_blocks
+from server.metrics import NAMES, CompressionMetrics, DecodeMetrics, ErrorMetrics, PoolMetrics
 
 
 def totals(compactions: float, seconds: float = 0.5) -> dict[str, float]:
@@ -86,3 +86,31 @@ def test_steps_of_decoding_are_counted_by_selector_and_by_what_they_read() -> No
     assert f'{name}{{mode="select",model_name="m",selector="tidal"}} 9.0' in text
     assert f'{name}{{mode="crowded",model_name="m",selector="tidal"}} 2.0' in text
     assert f'{name}{{mode="select",model_name="m",selector="quest"}} 1.0' in text
+
+
+def blocks(registry: CollectorRegistry) -> list[float | None]:
+    labels = [{"model_name": "m", "state": state} for state in ("compacted", "dense", "free")]
+    return [registry.get_sample_value("longreach_kv_blocks", label) for label in labels]
+
+
+def test_blocks_are_told_by_what_holds_them() -> None:
+    registry = CollectorRegistry()
+    metrics = PoolMetrics("m", 100, registry)
+    assert blocks(registry) == [0, 0, 100]  # before the engine's first step
+    metrics.update(pool_blocks(100, free=30, compacted=20))
+    assert blocks(registry) == [20, 50, 30]
+
+
+def errors(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    (family,) = registry.collect()
+    samples = [sample for sample in family.samples if sample.name.endswith("_total")]
+    return {(sample.labels["code"], sample.labels["field"]): sample.value for sample in samples}
+
+
+def test_errors_are_counted_by_status_and_by_our_fields() -> None:
+    registry = CollectorRegistry()
+    metrics = ErrorMetrics(("kv_cache",), registry)
+    assert errors(registry) == {("400", ""): 0, ("400", "kv_cache"): 0, ("500", ""): 0}
+    for code, param in ((400, "kv_cache.budget"), (400, "kv_cache"), (400, "made.up"), (401, None)):
+        metrics.count(code, param)
+    assert errors(registry) == {("400", ""): 1, ("400", "kv_cache"): 2, ("500", ""): 0, ("401", ""): 1}
