@@ -5,10 +5,11 @@ python -m deploy.grafana.build
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders.common import ReduceDataOptions, StackingConfig, VizLegendOptions
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -58,10 +59,11 @@ def build() -> str:
     servers = dashboard.QueryVariable("instance").label("Server").datasource(SOURCE).multi(True).include_all(True)
     servers = servers.query("label_values(vllm:num_requests_running, instance)").all_value(".*")
     board = board.with_variable(servers.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED))
+    ids = itertools.count(1)
     for row, panels in ROWS.items():
-        board = board.with_row(dashboard.Row(row))
+        board = board.with_row(dashboard.Row(row).id(next(ids)))
         for panel in panels:
-            board = board.with_panel(_panel(panel))
+            board = board.with_panel(_panel(panel).id(next(ids)))
     return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 from server.arguments import parse
 from server.platforms import Platform
+from server.settings import default_policy
 from tests.deploy.project import VERSION
 
 ROOT = Path(__file__).parents[2]
@@ -56,13 +57,14 @@ def test_what_is_built_and_mounted_is_there(services: dict[str, Any]) -> None:
 
 
 def test_the_server_understands_its_command_and_has_time_to_drain(services: dict[str, Any]) -> None:
+    cpu = Platform("cpu", None)
     servers = [service for name, service in services.items() if name.startswith("longreach")]
     for service in servers:
         (mounted,) = (v["source"] for v in service["volumes"] if v["target"] == "/etc/longreach/server.yaml")
-        args = parse(
-            [word.replace("/etc/longreach/server.yaml", mounted) for word in service["command"]], Platform("cpu", None)
-        )
-        assert (args.kv_policy, args.kv_budget) == ("snapkv", "2048") and args.model is None
+        words = [word.replace("/etc/longreach/server.yaml", mounted) for word in service["command"]]
+        args = parse(words, cpu)
+        policy = default_policy(args, cpu)
+        assert (policy["policy"], policy["budget"]) == ("snapkv", 2048) and args.model is None
         assert args.shutdown_timeout + 5 <= seconds(service["stop_grace_period"])
         home = "/home/longreach" if service["image"].endswith("-cpu") else "/home/vllm"
         assert f"{home}/.cache" in {volume["target"] for volume in service["volumes"]}

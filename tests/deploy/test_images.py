@@ -20,7 +20,8 @@ from kvcache.vllm_adapter.compat import VLLM_VERSION
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ("Dockerfile", "Dockerfile.cpu")
-ALL = (*SERVERS, "deploy/router/Dockerfile")
+CHECKED = (*SERVERS, "deploy/router/Dockerfile")
+ALL = (*CHECKED, "deploy/ray/Dockerfile")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -70,7 +71,7 @@ def health(status: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("status, healthy", [(200, True), (503, False)])
-@pytest.mark.parametrize("file", ALL)
+@pytest.mark.parametrize("file", CHECKED)
 def test_the_health_check_knows_alive_from_dead(file: str, status: int, healthy: bool) -> None:
     python, *arguments = instruction(file, "HEALTHCHECK")
     assert python == "python3"
