@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +62,25 @@ class Server:
 
 @contextmanager
 def running_server(log: Path, *flags: str, limit: float = START_LIMIT, progress: bool = False) -> Iterator[Server]:
-    """`longreach serve` with these flags on a free port of 127.0.0.1, until the block ends.
+    """`longreach serve` with these flags; see `running_command`."""
+    with running_command(log, [*longreach_command(), "serve", *flags], limit, progress) as server:
+        yield server
+
+
+def longreach_command() -> list[str]:
+    """The command line `longreach` beside this interpreter, or how a checkout that isn't installed has it."""
+    script = Path(sys.executable).parent / "longreach"
+    return [str(script)] if script.exists() else [sys.executable, "-m", "server.cli"]
+
+
+@contextmanager
+def running_command(
+    log: Path, command: Sequence[str], limit: float = START_LIMIT, progress: bool = False
+) -> Iterator[Server]:
+    """The server that a command starts, on a free port of 127.0.0.1, until the block ends.
 
     Args:
+        command: its words; host and port are added.
         limit: seconds that it may take to start.
         progress: show how long it takes, and the log's last line.
 
@@ -74,11 +90,9 @@ def running_server(log: Path, *flags: str, limit: float = START_LIMIT, progress:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    script = Path(sys.executable).parent / "longreach"
-    longreach = [str(script)] if script.exists() else [sys.executable, "-m", "server.cli"]  # not installed: a checkout
-    command = [*longreach, "serve", "--port", str(port), *flags]
+    words = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait(server, limit, progress)
