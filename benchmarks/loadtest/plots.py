@@ -42,6 +42,7 @@ def by_rate(summary: Summary, group: Group) -> Figure | None:
     goals = summary.goals
     _by_rate(summary, group, panels[0][0], lambda one: one.goodput, "good requests a second")
     panels[0][0].plot(rates, rates, color="black", linewidth=0.8, linestyle=":", label="all that arrive")
+    panels[0][0].set_ylim(0, 1.06 * max(rates))
     _by_rate(summary, group, panels[0][1], lambda one: _first(one, 50), "first token, s: median, band to 90 %",
              upper=lambda one: _first(one, 90), goal=goals.ttft)  # fmt: skip
     _by_rate(summary, group, panels[0][2], lambda one: _scaled(one.percentile("tpot", "p50")),
@@ -91,8 +92,9 @@ def _by_rate(
         if tops and None not in tops:
             axes.fill_between(rates, values, tops, color=colour, alpha=0.13, linewidth=0)
         highest = max([highest, *values, *(top for top in tops if top is not None)])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * highest or 1)
     if goal is not None and goal < 1.6 * highest:
+        axes.set_ylim(0, 1.06 * max(goal, highest))
         axes.axhline(goal, color="#c0392b", linewidth=0.9, linestyle="--")
         axes.annotate("goal", (1.0, goal), xycoords=("axes fraction", "data"), fontsize=8, color="#c0392b",
                       ha="right", va="bottom")  # fmt: skip
@@ -121,8 +123,8 @@ def over_time(summary: Summary, group: Group) -> Figure | None:
         _tidy(panels[0][column], f"{words}: running (dotted: waiting)")
         _tidy(panels[1][column], "KV cache in use, %")
         panels[1][column].set_xlabel("seconds")
-        panels[0][column].set_ylim(bottom=0)
         panels[1][column].set_ylim(0, 103)
+    panels[0][0].set_ylim(bottom=0)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=9)
     figure.suptitle(group.title, fontsize=11, x=0.01, ha="left")
     return figure

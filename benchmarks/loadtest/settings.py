@@ -143,12 +143,13 @@ def settings(args: argparse.Namespace) -> Settings:
     pools: list[int | None] = [parse_bytes(text) for text in args.pools.split(",")] if args.pools else [None]
     if args.pools and any(spec.url for spec in servers):
         raise SettingsError("--pools starts every server with each size: give --server NAME=COMMAND, not a URL")
+    drain = None if args.drain is None else _within("--drain", args.drain, 1, MOST_SECONDS)
     tpot = args.tpot or (0.25 if own else 0.05)
     return Settings(
         args.out, servers, variants, _profiles(args), _rates(args.rates), pools,
         _within("--requests", args.requests, 1, MOST_REQUESTS),
         _within("--concurrency", args.concurrency, 1, MOST_CONCURRENCY),
-        _within("--seconds", args.seconds, 10, MOST_SECONDS), None if args.drain is None else _within("--drain", args.drain, 1, MOST_SECONDS),
+        _within("--seconds", args.seconds, 10, MOST_SECONDS), drain,
         Goals(_within("--ttft", args.ttft, 0.001, 3600), _within("--tpot", tpot, 1e-4, 3600)),
         _writer(args), args.model, args.api_key, args.baseline,
     )  # fmt: skip

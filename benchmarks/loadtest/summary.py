@@ -33,8 +33,9 @@ def first_tokens(cell: Cell, percentile: float) -> AtLeast | None:
     waits = sorted((_wait(request, cell.seconds), request.ttft is None) for request in sent)
     if not waits:
         return None
-    seconds, more = waits[min(len(waits) - 1, math.ceil(percentile / 100 * len(waits)) - 1)]
-    return AtLeast(seconds, more)
+    place = percentile / 100 * (len(waits) - 1)
+    low, high = waits[math.floor(place)], waits[math.ceil(place)]
+    return AtLeast(low[0] + (place - math.floor(place)) * (high[0] - low[0]), low[1] or high[1])
 
 
 def _wait(request: Record, end: float) -> float:
