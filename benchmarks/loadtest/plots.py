@@ -155,13 +155,14 @@ def crossover(summary: Summary) -> Figure | None:
         axes.set_yticks(range(len(titles)), [_wrapped(title) for title in titles], fontsize=8)
         axes.set_xlabel("requests that arrive a second")
         axes.set_title(system, fontsize=10)
-    figure.suptitle(f"good requests a second, times {summary.baseline}'s (blue: compression pays)", fontsize=10)
+    figure.suptitle(
+        f"good requests a second, times {summary.baseline}'s (blue: it pays; in brackets: may be chance)", fontsize=10
+    )
     return figure
 
 
 def _wrapped(title: str) -> str:
-    head, _, tail = title.partition(", ")
-    return f"{head}\n{tail}" if tail else head
+    return title.replace("; ", "\n")
 
 
 def _map(axes: Any, own: dict[tuple[int, int], Comparison], lines: int, columns: int) -> None:

@@ -36,6 +36,11 @@ class Profile(BaseModel):
         raise NotImplementedError
 
     @property
+    def words(self) -> str:
+        """What it asks, for headings."""
+        raise NotImplementedError
+
+    @property
     def title(self) -> str:
         """Name and all arguments, as `--profile` takes them."""
         return ",".join([self.name, *(f"{key}={value:g}" for key, value in self.model_dump().items())])
@@ -48,6 +53,10 @@ class Prompts(Profile):
 
     def turn(self, number: int, seed: int) -> Turn:
         return Turn((Piece(f"prompt {number}", self.prompt),), self.output)
+
+    @property
+    def words(self) -> str:
+        return f"prompts of {self.prompt:,} tokens, answers of {self.output:,}"
 
     @property
     def longest(self) -> int:
@@ -66,6 +75,10 @@ class Document(Profile):
         return Turn((document, Piece(f"question {number}", self.question)), self.output)
 
     @property
+    def words(self) -> str:
+        return f"documents of {self.document:,} tokens with {self.questions} questions each, answers of {self.output:,}"
+
+    @property
     def longest(self) -> int:
         return self.document + self.question + self.output
 
@@ -78,6 +91,10 @@ class Prefix(Profile):
 
     def turn(self, number: int, seed: int) -> Turn:
         return Turn((Piece("prefix", self.prefix), Piece(f"prompt {number}", self.prompt)), self.output)
+
+    @property
+    def words(self) -> str:
+        return f"a common prefix of {self.prefix:,} tokens, prompts of {self.prompt:,}, answers of {self.output:,}"
 
     @property
     def longest(self) -> int:
@@ -108,6 +125,10 @@ class Agent(Profile):
         return Turn((Piece(f"conversation {conversation}", length),), self.output)
 
     @property
+    def words(self) -> str:
+        return f"agents growing from {self.start:,} to {self.longest_prompt:,} tokens, answers of {self.output:,}"
+
+    @property
     def longest(self) -> int:
         return max(self.start, self.longest_prompt) + self.output
 
@@ -122,6 +143,10 @@ class Mixed(Profile):
     def turn(self, number: int, seed: int) -> Turn:
         is_long = random.Random(f"{seed}/{number}").random() < self.share
         return Turn((Piece(f"prompt {number}", self.long if is_long else self.short),), self.output)
+
+    @property
+    def words(self) -> str:
+        return f"prompts of {self.short:,} tokens, {self.share:.0%} of {self.long:,}, answers of {self.output:,}"
 
     @property
     def longest(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import jinja2
 
 from benchmarks.evaluation.plots import available, png
 from benchmarks.loadtest import plots, tables
+from benchmarks.loadtest.profiles import parse
 from benchmarks.loadtest.store import MERGED, load
 from benchmarks.loadtest.summary import KEEPS_UP, Summary, statuses, summarize
 
@@ -46,11 +48,12 @@ def sections(summary: Summary) -> Iterator[Section]:
         yield Section(
             "Crossover: when does it pay?",
             f"Goodput against {summary.baseline} with the same requests at the same times: it pays from 1.05 times on, "
-            "and costs from 0.95 times down. At full load (all at once), finished requests a second are compared.",
+            "and costs from 0.95 times down, where more requests differ than by chance (McNemar's test, two standard "
+            "deviations). At full load (all at once), finished requests a second are compared.",
             tuple(tables.sentences(summary)), figure=plots.crossover(summary) if pictures else None,
         )  # fmt: skip
         yield Section("Every comparison", table=tables.crossover_table(summary), level=3)
-    if any(rate != float("inf") for group in summary.groups for rate in group.rates):
+    if any(not math.isinf(rate) for group in summary.groups for rate in group.rates):
         yield Section(
             "Who keeps up with which rate",
             f"The highest measured arrival rate at which, and at all lower ones, {KEEPS_UP:.0%} of the requests were "
@@ -74,7 +77,10 @@ def _problems(summary: Summary) -> Iterator[str]:
     """What makes figures other than they look."""
     for one in summary.rows:
         key, cell = one.cell.key, one.cell
-        where = f"{key.system}, {tables.rate_text(key.rate)}{' a second' if key.rate < 1e9 else ''}, {key.profile}"
+        rate = tables.rate_text(key.rate) + ("" if math.isinf(key.rate) else " a second")
+        where = (
+            f"{key.system}, {rate}, {parse(key.profile).words}{f', pool of {one.pool:,} tokens' if key.pool else ''}"
+        )
         if told := statuses(cell):
             errors = list(dict.fromkeys(request.error for request in cell.requests if request.error))[:SHOWN_ERRORS]
             yield f"{where}: {told} of {one.total}.{' Errors: ' if errors else ''}{'; '.join(errors)}"

@@ -103,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with what").add_argument
     add("--profile", action="append", metavar="NAME[,ARG=NUMBER...]", help="`longreach loadtest profiles` lists them "
         "(prompts,prompt=2048,output=128); may be repeated")  # fmt: skip
-    add("--rates", default="0.15,0.3,0.6", help="arrivals a second, by commas; inf: all at once (%(default)s)")
-    add("--requests", type=int, default=12, help="of each load (%(default)s)")
+    add("--rates", default="0.1,0.2,0.4", help="arrivals a second, by commas; inf: all at once (%(default)s)")
+    add("--requests", type=int, default=10, help="of each load (%(default)s)")
     add("--pools", help="bytes of KV cache, by commas, such as 200M,400M: every server is started with each")
     add("--seed", type=int, default=0, help="of prompts and arrivals (%(default)s)")
     add("--token-ids", default=f"{LOW}:{HIGH}", metavar="LOW:HIGH", help="that prompts are made of (%(default)s)")

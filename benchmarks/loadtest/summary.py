@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.loadtest.profiles import parse
 from benchmarks.loadtest.records import DONE, FAILED, NOT_SENT, UNFINISHED, Goals, Record
 from benchmarks.loadtest.store import Cell, Results
 
 PAYS, COSTS = 1.05, 0.95
 """Times the baseline's figure: from here on compression pays, and from here down it costs."""
+CHANCE = 2.0
+"""Standard deviations that two counts of good requests have to be apart to differ (McNemar's test)."""
 KEEPS_UP = 0.9
 """Share of requests that have to be good for a system to keep up with a rate."""
 
@@ -47,12 +50,12 @@ class Row:
     """One load.
 
     Attributes:
-        good: requests that kept both goals; `goodput`: of them a second. `finished`: a second, good or not.
-        shown: what to compare by: goodput, or at full load (an infinite rate) what is finished.
+        kept_goals: conversation and turn of the good requests; `goodput`: how many a second.
+        finished: a second, good or not.
     """
 
     cell: Cell
-    good: int
+    kept_goals: frozenset[tuple[int, int]]
     sent: int
     goodput: float
     finished: float
@@ -66,6 +69,10 @@ class Row:
         return self.cell.key.rate
 
     @property
+    def good(self) -> int:
+        return len(self.kept_goals)
+
+    @property
     def total(self) -> int:
         return len(self.cell.requests)
 
@@ -76,6 +83,7 @@ class Row:
 
     @property
     def compared(self) -> float:
+        """What to compare by: goodput, or at full load (an infinite rate) what is finished."""
         return self.finished if math.isinf(self.rate) else self.goodput
 
     def percentile(self, figure: str, name: str) -> float | None:
@@ -105,9 +113,9 @@ class Row:
 
 
 def row(cell: Cell, goals: Goals) -> Row:
-    good = sum(request.good(goals) for request in cell.requests)
+    good = frozenset((request.conversation, request.turn) for request in cell.requests if request.good(goals))
     sent = sum(request.status != NOT_SENT for request in cell.requests)
-    return Row(cell, good, sent, good / cell.seconds, cell.count(DONE) / cell.seconds)
+    return Row(cell, good, sent, len(good) / cell.seconds, cell.count(DONE) / cell.seconds)
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,14 @@ class Group:
 
     @property
     def title(self) -> str:
+        """For headings."""
         sizes = sorted({one.pool for one in self.rows if one.pool})
-        room = f", pool of {' or '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
-        return f"{self.profile}{room}"
+        room = f"; pool of {' or '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
+        return f"{self.words}{room}"
+
+    @property
+    def words(self) -> str:
+        return parse(self.profile).words
 
     def keeps_up(self, system: str) -> float | None:
         """The highest measured rate at which `KEEPS_UP` of the requests were good, and at all lower ones; or None."""
@@ -216,7 +229,21 @@ class Comparison:
             return "cut short"
         if ratio is None:
             return "neither has a good request"
-        return "pays" if ratio >= PAYS else "costs" if ratio <= COSTS else "no difference"
+        if COSTS < ratio < PAYS:
+            return "no difference"
+        if not self.told_apart:
+            return "too few requests to tell"
+        return "pays" if ratio >= PAYS else "costs"
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is larger than chance: the same requests arrive at the same times, so those count that
+        were good with one system and not with the other."""
+        if math.isinf(self.base.rate):
+            return True
+        good = self.other.kept_goals, self.base.kept_goals
+        only_other, only_base = len(good[0] - good[1]), len(good[1] - good[0])
+        return abs(only_other - only_base) >= CHANCE * math.sqrt(only_other + only_base)
 
 
 def comparisons(summary: Summary, group: Group) -> list[Comparison]:
@@ -240,12 +267,14 @@ def statuses(cell: Cell) -> str:
 def crossover(found: Sequence[Comparison]) -> str:
     """One sentence of one system's comparisons at several rates."""
     words = {"pays": "pays at", "no difference": "no difference to goodput at", "costs": "costs at",
+             "too few requests to tell": "too few requests to tell at",
+             "neither has a good request": "neither has a good request at",
              "cut short": "not known (a load was cut short) at"}  # fmt: skip
     parts = []
     for verdict, told in words.items():
         if own := [one for one in found if one.verdict == verdict]:
             parts.append(f"{told} {_rates(own)}")
-    return "; ".join(parts) or "neither has a good request at any rate"
+    return "; ".join(parts)
 
 
 def _rates(found: Sequence[Comparison]) -> str:

@@ -68,7 +68,7 @@ def runnable(words: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", *words[1:]]
     except PackageNotFoundError:
         # The CPU build has another name, which vLLM's own command line doesn't know.
-        if words[1:2] != ("serve",) or len(words) < 3:
+        if len(words) < 3 or words[1] != "serve" or words[2].startswith("-"):
             raise SystemsError(f"{shlex.join(words)}: only `vllm serve MODEL ...` is known") from None
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:]]
 

@@ -99,7 +99,7 @@ def crossover_table(summary: Summary) -> str:
     """For which load each system pays."""
     rows = [
         [
-            group.profile, number(one.other.pool), rate_text(one.other.rate), one.other.system,
+            group.words, number(one.other.pool), rate_text(one.other.rate), one.other.system,
             f"{one.base.compared:.3f}", f"{one.other.compared:.3f}",
             NOTHING if one.ratio is None else "∞" if math.isinf(one.ratio) else f"{one.ratio:.2f}", one.verdict,
         ]
@@ -134,5 +134,5 @@ def keeping_up(summary: Summary) -> str:
             for rate in kept
         ]
         pool = " / ".join(f"{size:,}" for size in sorted({one.pool for one in group.rows if one.pool}))
-        rows.append([group.profile, pool or NOTHING, *texts])
+        rows.append([group.words, pool or NOTHING, *texts])
     return table(head, rows)
