@@ -21,20 +21,30 @@ from pathlib import Path
 from benchmarks.loadtest.profiles import listing
 from benchmarks.loadtest.settings import Settings, add_arguments, planned_seconds, settings
 from benchmarks.loadtest.store import Store
+from server.commands.parsers import epilog
+
+EXAMPLES = (
+    "longreach loadtest run",
+    "longreach loadtest run --url http://127.0.0.1:8000 --profile document,document=6000 --rates 0.5,1 --out found",
+    "longreach loadtest run --server 'stock=vllm serve MODEL' --server 'ours=longreach serve MODEL' --rates 0.3,0.5",
+    "longreach loadtest report found",
+)
 
 
 def arguments() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="longreach loadtest", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="longreach loadtest", description=__doc__, epilog=epilog(*EXAMPLES), formatter_class=raw
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | profiles")
     run_parser = commands.add_parser(
-        "run", help="load, measure, store, report",
-        description="Load servers with the same long requests at the same times and compare them. Without arguments: "
+        "run", help="load, measure, store, report", formatter_class=raw, epilog=epilog(*EXAMPLES[:3]),
+        description="Load servers with the same long requests at the same times and compare them.\nWithout arguments: "
         "the embedded model with and without compression, at three rates, in less than ten minutes.",
     )  # fmt: skip
     add_arguments(run_parser)
     report = commands.add_parser("report", help="from what is stored")
-    report.add_argument("source", type=Path, metavar="DIR|RESULTS.json")
+    report.add_argument("source", type=Path, metavar="DIR|RESULTS.json", help="what a run wrote")
     report.add_argument("--baseline", metavar="SYSTEM", help="what others are compared with")
     commands.add_parser("profiles", help="what can be asked for, with arguments")
     return parser

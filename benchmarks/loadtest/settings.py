@@ -98,25 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "'snapkv={\"kv_cache\": {\"policy\": \"snapkv\", \"budget\": 2048}}'; may be repeated. Left out: none and "
         "snapkv at 512 on a Longreach server, and nothing on others")  # fmt: skip
     add("--model", help="which of the served models (the first)")
-    add("--api-key", default="none")
+    add("--api-key", default="none", help="of the server (none)")
     add("--remote", action="store_true", help="let --url and --server name another machine than this one")
     add = parser.add_argument_group("with what").add_argument
     add("--profile", action="append", metavar="NAME[,ARG=NUMBER...]", help="`longreach loadtest profiles` lists them "
         "(prompts,prompt=2048,output=128); may be repeated")  # fmt: skip
-    add("--rates", default="0.1,0.2,0.4", help="arrivals a second, by commas; inf: all at once (%(default)s)")
-    add("--requests", type=int, default=10, help="of each load (%(default)s)")
+    add("--rates", default="0.1,0.2,0.4", help="arrivals a second, by commas; inf: all at once (0.1,0.2,0.4)")
+    add("--requests", type=int, default=10, help="of each load (10)")
     add("--pools", help="bytes of KV cache, by commas, such as 200M,400M: every server is started with each")
-    add("--seed", type=int, default=0, help="of prompts and arrivals (%(default)s)")
-    add("--token-ids", default=f"{LOW}:{HIGH}", metavar="LOW:HIGH", help="that prompts are made of (%(default)s)")
+    add("--seed", type=int, default=0, help="of prompts and arrivals (0)")
+    add("--token-ids", default=f"{LOW}:{HIGH}", metavar="LOW:HIGH", help="that prompts are made of (1000:30000)")
     add = parser.add_argument_group("limits and goals").add_argument
-    add("--seconds", type=float, default=600, help="for everything together, servers' starts too (%(default)s)")
+    add("--seconds", type=float, default=600, help="for everything together, servers' starts too (600)")
     add("--drain", type=float, help="seconds that a load may take after its last arrival (left out: as long as a "
         "request can still be good; with the rate inf, its share of what is left)")  # fmt: skip
-    add("--concurrency", type=int, default=512, help="requests in flight at most (%(default)s)")
-    add("--ttft", type=float, default=10.0, help="seconds to its first token that a good request keeps (%(default)s)")
+    add("--concurrency", type=int, default=512, help="requests in flight at most (512)")
+    add("--ttft", type=float, default=10.0, help="seconds to its first token that a good request keeps (10)")
     add("--tpot", type=float, help="seconds per token after it (0.05; 0.25 for the embedded model's own server)")
     add = parser.add_argument_group("results").add_argument
-    add("--out", type=Path, default=Path("loadtest"), metavar="DIR", help="report.html, results.json (%(default)s)")
+    add("--out", type=Path, default=Path("loadtest"), metavar="DIR", help="report.html, results.json (loadtest)")
     add("--baseline", metavar="SYSTEM", help="what others are compared with (the first that compresses nothing)")
     add("--note", help="goes into the report, such as the machine's name")
 

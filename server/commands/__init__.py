@@ -51,6 +51,7 @@ COMMANDS = (
     Command("head-gates", "measure which KV heads look far, for duoattention", "server.commands.head_gates"),
     Command("calibrate", "measure what some selectors and patterns need to know", "server.commands.calibrate"),
     Command("eval", "measure what policies, selectors and patterns lose", "server.commands.evaluate"),
+    Command("loadtest", "measure how many long requests a server takes, and when it pays", "server.commands.loadtest"),
     Command("doctor", "say what this machine, or a model, can use", "server.commands.doctor", flags_of_serve=True),
     Command("completion", "print a script that completes all this in a shell", "server.commands.completion"),
 )

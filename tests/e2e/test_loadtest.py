@@ -14,7 +14,8 @@ pytestmark = pytest.mark.e2e
 
 
 def test_compression_is_measured_beside_none(server: Server, tmp_path: Path) -> None:
-    words = ["run", "--url", server.url, "--out", str(tmp_path), "--rates", "inf", "--requests", "3", "--seconds", "120"]
+    words = ["run", "--url", server.url, "--out", str(tmp_path), "--rates", "inf", "--requests", "3"]
+    words += ["--seconds", "240"]
     words += ["--profile", "document,document=400,question=20,questions=3,output=12"]
     words += ["--variant", 'none={"kv_cache": {"policy": "none"}}']
     words += ["--variant", 'snapkv={"kv_cache": {"policy": "snapkv", "budget": 256}}']
