@@ -26,7 +26,7 @@ from server.draining import Door
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.flags import in_flags
-from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
+from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.model_layers import full_layers
 from server.platforms import Platform, choose_scheduler
 from server.policies import PolicyDesk
@@ -193,6 +193,7 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     engine.door = Door(asyncio.get_running_loop())
     engine.desks = desks
     engine.metrics = CompressionMetrics(config.model_config.served_model_name)
+    engine.audit_metrics = AuditMetrics(config.model_config.served_model_name)
     engine.decode_metrics = DecodeMetrics(config.model_config.served_model_name)
     engine.prefill_metrics = PrefillMetrics(config.model_config.served_model_name)
     return engine

@@ -16,7 +16,7 @@ from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.desks import Desks, Words
 from server.draining import Door
-from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
+from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.scope import KV_FIELD, RequestScope, current_scope
 
 _DEAD = "The engine died while it worked on this request. Send it again: the server, once restarted, will answer."
@@ -28,6 +28,7 @@ class LongreachLLM(AsyncLLM):
 
     desks: Desks
     metrics: CompressionMetrics
+    audit_metrics: AuditMetrics
     decode_metrics: DecodeMetrics
     prefill_metrics: PrefillMetrics
     door: Door | None = None
@@ -83,6 +84,8 @@ class LongreachLLM(AsyncLLM):
                 if told:
                     output.kv_transfer_params = params or None
                     self.metrics.update(told["totals"])
+                    if audits := told.get("audits"):
+                        self.audit_metrics.update(audits)
                     self.decode_metrics.update(told.get("decode_totals") or {})
                     self.prefill_metrics.update(told.get("prefill_totals") or {})
                 if output.finished and scope:

@@ -61,6 +61,19 @@ class CompressionMetrics:
                 counter.follow(values[name], self.model_name, policy)
 
 
+class AuditMetrics:
+    """How often the engine has checked itself (`--kv-audit`): fed like `CompressionMetrics`."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
+        self.model_name = model_name
+        text = "Times that all blocks and page tables were found accounted for (--kv-audit)."
+        self.checks = _Follower(Counter("longreach_kv_audits", text, ["model_name"], registry=registry))
+
+    def update(self, checks: int) -> None:
+        """Raise the counter to the engine's total."""
+        self.checks.follow(checks, self.model_name)
+
+
 class DecodeMetrics:
     """How many steps of decoding read what, by selector: fed like `CompressionMetrics`."""
 

@@ -33,6 +33,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "--kv-always-keep", text, default=HouseRules.always_keep, type=int, metavar="N")
     text = "Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)"
     add_setting(group, "--kv-head-gates", text, metavar="FILE")
+    text = (
+        "Every N steps, check that all blocks and page tables are accounted for; the engine ends where they aren't. For "
+        "tests: each check takes milliseconds. 0: never."
+    )
+    add_setting(group, "--kv-audit", text, default=0, type=int, metavar="N")
     for field, known in PARTS.items():
         text = f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}."
         KV.add(group, field, text, metavar="NAME", names=known)
@@ -86,6 +91,18 @@ def pass_weights(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise StartError(f"--kv-namm-weights: {one_line(error)}") from None
     tell_workers(args, namm_weights=file)
+
+
+def pass_audit(args: argparse.Namespace) -> None:
+    """Tell scheduler and workers how often to check themselves, in place.
+
+    Raises:
+        StartError: a negative number of steps.
+    """
+    if args.kv_audit < 0:
+        raise StartError(f"--kv-audit: {args.kv_audit} steps; allowed are 0 (never) and more.")
+    if args.kv_audit:
+        tell_workers(args, audit=args.kv_audit)
 
 
 def house_rules(args: argparse.Namespace) -> HouseRules:

@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="rows that tests/models/test_matrix.py judges, written by `python -m tests.models.matrix --cuda`; left "
         "out, it runs the matrix here",
+        "--model-steps",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="steps of the state machine of scheduler, block pool and page tables (tests/kvcache/test_state_machine.py)",
     )
 
 

@@ -23,7 +23,30 @@ from kvcache.pages import PageCodec, PageGeometry
 cpu_backend.register()
 
 
+class _Discarded(torch.Generator):
+    """Random numbers for a token that nobody gets: a prompt's chunk that isn't the last is sampled from too."""
+
+    def get_offset(self) -> int:
+        return 4  # what vLLM takes off again, which only GPUs' generators know
+
+    def set_offset(self, offset: int) -> None:
+        pass
+
+
 class CPUCompressionWorker(CompressionWorker, CPUWorker):
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's, which dies of a request with a `seed` whose prompt comes in chunks: it turns the generator back by
+        an offset, and generators of the CPU have none. Such rows get another one; their own stays where it is."""
+        runner = self.model_runner
+        generators = runner.input_batch.generators
+        unused = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+        own = {row: generators[row] for row in unused if row in generators}
+        generators.update({row: _Discarded() for row in own})
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(own)
+
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         return probe_codec(geometry.page_size, geometry.head_dim, dtype, layer.isa)
 

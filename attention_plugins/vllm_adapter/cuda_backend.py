@@ -106,6 +106,8 @@ class CUDACompressedMetadataBuilder(SplitBuilder, FlashAttentionMetadataBuilder)
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         runtime = runtime_for(self.vllm_config) if self.ours else None
+        if runtime is not None:
+            runtime.audit(common_attn_metadata)
         if runtime is not None and isinstance(runtime.graph, Selection):
             rows = runtime.fill_selected(runtime.graph, common_attn_metadata, _send)
             return SplitMetadata(None, selected=[rows])

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from attention_plugins.prefill.orders import PendingPatternReport
 from attention_plugins.vllm_adapter.prefilling import Prefilling, PromptChunk
 from attention_plugins.vllm_adapter.selection import SelectedRows, Selecting, Selection
+from kvcache.audit import Owned, audit_rows, audit_tables
 from kvcache.compressor import Compressor
 from kvcache.evidence import LayerEvidence
 from kvcache.observers.base import Observer
@@ -64,6 +65,7 @@ class CompressionRuntime:
         recording: whether an observer wants queries of this step.
         wanted: which FULL graph could run the step's batch; None for vLLM's own, or none.
         graph: the one that this step replays or that is being captured; None without one, or with vLLM's own.
+        owned: what the step's requests own, where the step is checked (`--kv-audit`).
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class CompressionRuntime:
         self.wanted: BatchKind | Selection | None = None
         self.graph: BatchKind | Selection | None = None
         self.in_step = False
+        self.owned: dict[str, Owned] = {}
 
     @torch.inference_mode()
     def begin_step(self, scheduler_output: Any) -> None:
@@ -92,6 +95,9 @@ class CompressionRuntime:
             for start in orders.start:
                 self.compressor.start(start)
             self._reports += [self.compressor.compact(order) for order in orders.compact]
+            if orders.owned:
+                self.owned = orders.owned
+                audit_tables(self.compressor, self.owned)
             for prepare in orders.prepare:
                 self.selecting.prepare(prepare)
             self.selecting.reads = orders.reads
@@ -123,7 +129,16 @@ class CompressionRuntime:
         self.in_step = False
         self._reports += self.prefilling.end_step()
         self.kind, self.recording, self.wanted, self.graph = BatchKind.DENSE, False, None, None
-        self.selecting.reads = {}
+        self.selecting.reads, self.owned = {}, {}
+
+    def audit(self, common: CommonAttentionMetadata) -> None:
+        """Where the step is checked, compare its block table with what its requests own.
+
+        Raises:
+            AuditError: they differ.
+        """
+        if self.owned:
+            audit_rows(self._batch_request_ids(common), common.block_table_tensor, self.owned)
 
     def take_reports(self) -> list[PendingReport | PendingPatternReport]:
         reports, self._reports = self._reports, []

@@ -64,6 +64,8 @@ class SplitBuilder(AttentionMetadataBuilder if TYPE_CHECKING else object):  # ty
         if not self.ours:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common, runtime = common_attn_metadata, runtime_for(self.vllm_config)
+        if runtime:
+            runtime.audit(common)
         if runtime is None or runtime.kind is BatchKind.DENSE:
             dense = super().build(common_prefix_len, common, fast_build)
             return SplitMetadata(dense, captures=runtime.captures(common) if runtime else [])

@@ -7,6 +7,7 @@ from typing import Any
 
 from attention_plugins.decode.schedule import Prepare, Read
 from attention_plugins.prefill.orders import PatternReport, StartPattern
+from kvcache.audit import Owned
 from kvcache.orders import Compact, CompactionReport, Start
 
 # vLLM's SchedulerOutput and ModelRunnerOutput are plain dataclasses that are passed on whole (or pickled whole), so
@@ -17,16 +18,20 @@ _REPORTS = "longreach_reports"
 
 @dataclass
 class StepOrders:
-    """Orders of one step, carried out before its forward pass, in this order; `reads` is for the forward pass."""
+    """Orders of one step, carried out before its forward pass, in this order; `reads` is for the forward pass.
+
+    `owned`: of the step's requests, where the step is checked (`--kv-audit`).
+    """
 
     start: list[Start] = field(default_factory=list)
     compact: list[Compact] = field(default_factory=list)
     prepare: list[Prepare] = field(default_factory=list)
     patterns: list[StartPattern] = field(default_factory=list)
     reads: dict[str, Read] = field(default_factory=dict)
+    owned: dict[str, Owned] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.start or self.compact or self.prepare or self.patterns or self.reads)
+        return bool(self.start or self.compact or self.prepare or self.patterns or self.reads or self.owned)
 
 
 Report = CompactionReport | PatternReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
 from kvcache.registry import make_policy, policy_words
 from kvcache.usage import POOL, CompressionTotals, kv_cache_usage, pool_blocks
+from kvcache.vllm_adapter.audit import BlockAudit
 from kvcache.vllm_adapter.beside import LayersBeside, compressible_manager, pool_block_bytes
 from kvcache.vllm_adapter.manager import register_spec
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders, reports_of
@@ -81,6 +83,8 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         page_size = self.kv_blocks.block_size
         capacity = score_capacity(self.kv_cache_config.num_blocks, page_size, self.max_model_len)
         self.reads = ReadSchedule(states=self.decode_settings.states, capacity=capacity, page_size=page_size)
+        self.audit_every = int((self.vllm_config.additional_config or {}).get("longreach", {}).get("audit", 0))
+        self.audit = BlockAudit(self.kv_cache_manager)
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -204,9 +208,22 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
                 compression.boundary = boundary
                 self.reads.forget(request_id)
             self._read(orders, request_id, num_scheduled)
+        if self.audit_every and self.current_step % self.audit_every == 0:
+            self._check(orders, output.num_scheduled_tokens)
         if orders:
             attach_orders(output, orders)
         return output
+
+    def _check(self, orders: StepOrders, scheduled: Iterable[str]) -> None:
+        """Look whether all blocks are accounted for, and let workers compare.
+
+        Raises:
+            AuditError: they aren't.
+        """
+        self.audit.check(self.requests)
+        for request_id in scheduled:
+            boundary = self.compressions[request_id].boundary
+            orders.owned[request_id] = self.audit.check_scheduled(self.requests[request_id], boundary)
 
     def _start_prefill(self, orders: StepOrders, request_id: str) -> None:
         prefill = self.prefills.get(request_id)
@@ -305,6 +322,8 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             held = self.beside.blocks(usage.get("compacted_tokens", request.num_prompt_tokens)) * self.block_bytes
             usage["other_layers"] = {"layers": self.beside.num_layers, "bytes_held": held}
         told: dict[str, Any] = {"usage": usage, "totals": self.compression_totals.by_policy}
+        if self.audit_every:
+            told["audits"] = self.audit.checks
         if selector := self.reads.selector(request.request_id):
             told["decode_usage"] = {**selector_words(selector), "steps": self.reads.usage(request.request_id)}
             told["decode_totals"] = {name: dict(steps) for name, steps in self.reads.totals.items()}

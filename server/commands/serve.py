@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
         from server.decode_settings import pass_selectors
         from server.prefill_settings import pass_patterns
         from server.refusals import refuse_args
-        from server.settings import default_policy, pass_weights
+        from server.settings import default_policy, pass_audit, pass_weights
 
         cli_env_setup()
         args = parse(argv, platform)
@@ -40,6 +40,7 @@ def run(argv: list[str]) -> None:
         prepare(args, platform)
         default = default_policy(args, platform)
         pass_weights(args)
+        pass_audit(args)
         pass_selectors(args, platform, default)
         pass_patterns(args, platform)
         resolve_model(args)

@@ -117,6 +117,19 @@ def test_several_answers_to_one_prompt(engine: Engine) -> None:
     assert [list(answer.token_ids) for answer in output.outputs] == tokens(alone)
 
 
+@pytest.mark.parametrize("words", [None, SNAPKV], ids=["dense", "compacted"])
+def test_a_seed_gives_the_same_however_the_prompt_is_cut(engine: Engine, words: dict[str, Any] | None) -> None:
+    """vLLM's own CPU worker ends with the first chunk that isn't the last: one request would end them all."""
+    sampled: dict[str, Any] = {"temperature": 2.0, "top_k": 50, "seed": 5}
+    (whole,), _ = run(engine, [(prompt_of(650), {"words": words})], **sampled)
+    engine.set_chunk(200)
+    try:
+        (chunked,), _ = run(engine, [(prompt_of(650), {"words": words})], **sampled)
+    finally:
+        engine.set_chunk(None)
+    assert tokens([chunked]) == tokens([whole])
+
+
 def test_priorities(engine: Engine) -> None:
     """In a pool for one prompt at a time, the later and more urgent request goes first; answers are the same."""
     alone = [run(engine, [(prompt_of(650 + i), {})])[0][0] for i in range(3)]
