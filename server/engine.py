@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -53,8 +54,9 @@ class LongreachLLM(AsyncLLM):
         """As vLLM's. Not a coroutine, so that a refusal comes before an answer, also a streamed one, has begun.
 
         Raises:
-            VLLMValidationError: the prompt's compression never fits the KV cache.
+            VLLMValidationError: the prompt's compression never fits the KV cache, or the request would end the engine.
         """
+        self._check_prompt_logprobs(sampling_params)
         scope = current_scope.get()
         words = self.desks.completed(scope.words if scope else {})
         if self._ours:
@@ -106,6 +108,20 @@ class LongreachLLM(AsyncLLM):
                 scope.tell(field, usage)
             elif scope.words.get(field) == off:
                 scope.tell(field, off)
+
+    def _check_prompt_logprobs(self, sampling_params: Any) -> None:
+        """vLLM's LoRA on CPUs takes a prompt's rows for those that are sampled, and the engine ends with an error.
+
+        Raises:
+            VLLMValidationError: log-probabilities of a prompt are asked for where this is so.
+        """
+        asked = getattr(sampling_params, "prompt_logprobs", None) is not None
+        if asked and current_platform.is_cpu() and self.vllm_config.lora_config:
+            raise VLLMValidationError(
+                "prompt_logprobs can't be had on CPUs beside LoRA adapters: leave the field out, or start the server "
+                "without --enable-lora.",
+                parameter="prompt_logprobs",
+            )
 
     def _check_pool(self, prompt: Any, words: Words) -> None:
         """A prompt and its target blocks have to fit the pool at the same time, once.

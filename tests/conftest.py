@@ -29,11 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="rows that tests/models/test_matrix.py judges, written by `python -m tests.models.matrix --cuda`; left "
         "out, it runs the matrix here",
+    )
+    parser.addoption(
         "--model-steps",
         type=int,
         default=100_000,
         metavar="N",
-        help="steps of the state machine of scheduler, block pool and page tables (tests/kvcache/test_state_machine.py)",
+        help="of the state machine of scheduler, block pool and page tables (tests/kvcache/test_state_machine.py)",
     )
 
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         log = args.log or Path(scratch) / "log"
         flags += ["--served-model-name", Path(args.model).name if args.model else EMBEDDED_MODEL_NAME]
         with running_server(log, model, *flags, *args.flags, limit=600) as server:
-            known: dict[str, Any] = {"priorities": True, "longest": args.longest, "answer": args.answer}
+            known: dict[str, Any] = {"longest": args.longest, "answer": args.answer}
             features = features_of(server, vocabulary=args.vocabulary or config["vocab_size"], **known)
             print(f"{features}\n{' '.join([*flags, *args.flags])}", flush=True)
             result = soak(

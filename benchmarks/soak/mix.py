@@ -68,6 +68,7 @@ class Features:
         policies: that can be had.
         patterns: whether there are any.
         priorities: whether it schedules by them.
+        prompt_logprobs: whether it can tell those.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Features:
     policies: tuple[str, ...] = ()
     patterns: bool = True
     priorities: bool = False
+    prompt_logprobs: bool = True
 
 
 @dataclass
@@ -177,14 +179,14 @@ class Mix:
         return tags
 
     def _extras(self, body: dict[str, Any], tags: list[str]) -> None:
-        choose = self.choose
+        choose, features = self.choose, self.features
         if choose.random() < 0.15:
             body |= {"n": choose.choice((2, 3)), "temperature": 1.2, "seed": choose.randrange(1 << 30)}
             tags.append("n")
         if choose.random() < 0.15:
             body["logprobs"] = choose.choice((1, 4))
             tags.append("logprobs")
-        if choose.random() < 0.05:
+        if features.prompt_logprobs and choose.random() < 0.05:
             body["prompt_logprobs"] = 1
             tags.append("prompt logprobs")
         if choose.random() < 0.1:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
 from benchmarks.serving import Server
 from benchmarks.soak.clients import Clients, Found, wait_until
 from benchmarks.soak.mix import Features, Mix, canaries
@@ -70,7 +72,11 @@ class Series:
 
 
 def features_of(server: Server, **known: Any) -> Features:
-    """Ask a server what it takes; adapters' names begin with `soak-`."""
+    """Ask a server what it takes.
+
+    Args:
+        known: fields of `Features` that can't be asked for.
+    """
     models = json.loads(server.get("/v1/models"))["data"]
     selectors = json.loads(server.get("/v1/decode/selectors"))
     policies = json.loads(server.get("/v1/kv/policies"))
@@ -88,8 +94,16 @@ def features_of(server: Server, **known: Any) -> Features:
             one["name"] for one in policies["data"] if policies["available"] and not one.get("unavailable_reason")
         ),
         patterns=patterns["available"],
+        priorities=_takes(server, base["id"], priority=1),
+        prompt_logprobs=_takes(server, base["id"], prompt_logprobs=1),
         **known,
     )
+
+
+def _takes(server: Server, model: str, **fields: Any) -> bool:
+    """Whether these fields are no 400."""
+    body = {"model": model, "prompt": [100] * 20, "max_tokens": 1, **fields}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300).status_code == 200
 
 
 def soak(
