@@ -10,6 +10,7 @@ ADVICE = {
     "--kv-namm-weights": "Only for namm, whose compaction takes longer than the prompt itself.",
     "--kv-always-keep": "Costs its tokens out of every budget. 0 for the papers that force none.",
     "--kv-head-gates": "Only for duoattention; `longreach head-gates` measures them where none are published.",
+    "--kv-audit": "Milliseconds a check, more with the pool. For soaks and tests.",
     "--kv-layers": "uniform and pyramid cost nothing; the others measure each prompt. Change it with quality measured.",
     "--kv-heads": "adakv lets heads differ in length, which rules out `interval`.",
     "--kv-budget": "Memory per request grows with it. Raise it when answers miss what the prompt says, lower it to run "

@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "--kv-always-keep", text, default=HouseRules.always_keep, type=int, metavar="N")
     text = "Head gates of the model, for requests that bring none: a row a layer, or JSON. (duoattention)"
     add_setting(group, "--kv-head-gates", text, metavar="FILE")
-    text = "Every N steps, check that all blocks and page tables are accounted for; where not, the engine ends. 0: never."
+    text = "Check every N steps that all blocks and page tables are accounted for, or end the engine. 0: never."
     add_setting(group, "--kv-audit", text, default=0, type=int, metavar="N")
     for field, known in PARTS.items():
         text = f"Allocator of the budget over {field}; left out, the policy's own. One of {', '.join(known)}."

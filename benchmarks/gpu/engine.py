@@ -67,6 +67,7 @@ def build(model: str, *, compress: bool = True, **settings: Any) -> Any:
                 "longreach": {
                     "keep_positions": settings.pop("keep_positions", False),
                     "decode": settings.pop("decode", {}),
+                    "audit": settings.pop("audit", 0),
                 }
             },
         }

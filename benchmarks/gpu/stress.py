@@ -1,5 +1,6 @@
 """Many mixed requests in a small pool: policies, lengths, shared prefixes, aborts, preemptions. Nothing may leak, and
-every answer has to be what the request gets alone.
+every answer has to be what the request gets alone. (`benchmarks.soak` asks a server for everything, with canaries;
+this compares every answer.)
 
 VLLM_BATCH_INVARIANT=1 python -m benchmarks.gpu.stress MODEL_FOLDER|random:128 [--requests 256] [--blocks 2600]
     [--alone 128] [--selectors] [--patterns] [--plain] [--stock] [--flash-attention 2] [--no-prefix-cache]
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.engine import FEW_GRAPHS, build, random_model, say
+from benchmarks.soak.mix import PATTERNS, SELECTORS, WHOLE_CACHES
 from kvcache.usage import CompressionTotals
+from kvcache.vllm_adapter.audit import BlockAudit
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "none"},
@@ -33,25 +36,6 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "streamingllm", "budget": 128},
     {"policy": "random", "budget": 200},
 ]
-SELECTORS: list[dict[str, Any]] = [
-    {"selector": "recycled", "stride": 8},
-    {"selector": "quest"},
-    {"selector": "tidal"},
-    {"selector": "lessismore"},
-    {"selector": "recycled", "stride": 64, "similarity": 0.8},
-]
-WHOLE_CACHES = ("tidal", "lessismore")
-"""Selectors that go with no policy."""
-
-
-STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 64, "window": 256, "min_context": 300}
-PATTERNS: list[dict[str, Any]] = [
-    {"pattern": "xattention", "threshold": 0.7, "min_context": 300},
-    STREAMING,
-    {"pattern": "delta", "gamma": 32, "base": STREAMING},
-    {"pattern": "strided", "local": 2, "min_context": 300},
-]
-"""Those that any cut into chunks leaves alone: others answer differently in a batch, as documented."""
 
 
 @dataclass
@@ -96,38 +80,11 @@ def give_selectors(jobs: list[Job]) -> None:
             job.selector = {"tokens": 128, "min_context": 0, **words}
 
 
-class Invariants:
-    """What must hold between any two steps."""
-
-    def __init__(self, engine: Any) -> None:
-        core = engine.engine_core.engine_core
-        self.scheduler = core.scheduler
-        self.pool = core.scheduler.kv_cache_manager.block_pool
-        self.blocks = core.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-        self.checks = self.peak = 0
-
-    def targets(self) -> list[Any]:
-        return list(getattr(self.blocks, "target_blocks", {}).values())
-
-    def check(self) -> None:
-        owned = {
-            block.block_id: block
-            for blocks in [*self.blocks.req_to_blocks.values(), *self.targets()]
-            for block in blocks
-            if not block.is_null
-        }
-        used = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
-        assert used == len(owned), f"{used} blocks in use, {len(owned)} owned"
-        targets = [block.block_id for blocks in self.targets() for block in blocks]
-        assert len(targets) == len(set(targets)), "a target block has two owners"
-        assert all(owned[target].ref_cnt == 1 for target in targets), "a target block is shared"
-        self.checks, self.peak = self.checks + 1, max(self.peak, used)
-
-
-def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
+def run(llm: Any, jobs: list[Job], audit: BlockAudit) -> None:
     from vllm import SamplingParams
 
     engine, by_name = llm.llm_engine, {job.name: job for job in jobs}
+    scheduler = engine.engine_core.engine_core.scheduler
     for job in jobs:
         params = SamplingParams(
             max_tokens=job.tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=job.fields
@@ -142,30 +99,31 @@ def run(llm: Any, jobs: list[Job], invariants: Invariants) -> None:
                 job.compacted = told["usage"]["kept_tokens"]["mean"] < len(job.prompt)
             if job.abort_after is not None and len(job.answer) >= job.abort_after and not output.finished:
                 aborted.append(job.name)
-        for request in invariants.scheduler.requests.values():
+        for request in scheduler.requests.values():
             job = by_name[request.request_id.rpartition("-")[0]]
             job.preemptions = max(job.preemptions, request.num_preemptions)
         if aborted:
             engine.abort_request(aborted)
-        invariants.check()
+        audit.check(scheduler.requests)
 
 
-def compare(llm: Any, jobs: list[Job], invariants: Invariants, alone: int) -> None:
+def compare(llm: Any, jobs: list[Job], audit: BlockAudit, alone: int) -> None:
     """Run all jobs at once, then some again alone; tell how many answers differ."""
     began = time.perf_counter()
-    run(llm, jobs, invariants)
-    totals = getattr(invariants.scheduler, "compression_totals", CompressionTotals()).by_policy.values()
-    say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), peak_blocks=invariants.peak,
+    run(llm, jobs, audit)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    totals = getattr(scheduler, "compression_totals", CompressionTotals()).by_policy.values()
+    say(requests=len(jobs), aborted=sum(job.abort_after is not None for job in jobs), peak_blocks=audit.peak,
         preemptions=sum(job.preemptions for job in jobs),
         preempted_with_policy=sum(job.words["policy"] != "none" and job.preemptions > 0 for job in jobs),
-        invariant_checks=invariants.checks, seconds=round(time.perf_counter() - began, 1),
+        invariant_checks=audit.checks, seconds=round(time.perf_counter() - began, 1),
         compactions=sum(int(values["compactions"]) for values in totals),
-        blocks_leaked=invariants.pool.num_gpu_blocks - 1 - invariants.pool.get_num_free_blocks())  # fmt: skip
+        blocks_leaked=audit.used)  # fmt: skip
     different, compacted = [], 0
     for job in jobs[:alone]:
         again = Job(job.name, job.prompt, job.words, job.tokens, None, selector=job.selector, pattern=job.pattern)
         llm.reset_prefix_cache()
-        run(llm, [again], invariants)
+        run(llm, [again], audit)
         compacted += again.compacted
         if again.answer[: len(job.answer)] != job.answer:
             different.append(difference(job, again))
@@ -221,7 +179,7 @@ def main() -> None:
         num_gpu_blocks_override=args.blocks, kv_cache_memory_bytes=2 << 30,
         enable_chunked_prefill=not args.whole_prompts, enable_prefix_caching=args.prefix_cache,
         attention_config={"flash_attn_version": args.flash_attention}, compilation_config=FEW_GRAPHS,
-        skip_tokenizer_init=model != args.model,
+        skip_tokenizer_init=model != args.model, **({} if args.stock else {"audit": 1}),
         **({"decode": {"selectors": sorted({words["selector"] for words in SELECTORS})}} if args.selectors else {}),
     )  # fmt: skip
     say(batch_invariant=envs.VLLM_BATCH_INVARIANT, plain=args.plain, flash_attention=args.flash_attention,
@@ -234,7 +192,8 @@ def main() -> None:
         give_selectors(jobs)
     for i, job in enumerate(jobs if args.patterns else ()):
         job.pattern = PATTERNS[i // 3 % len(PATTERNS)] if i % 3 else None
-    compare(llm, jobs, Invariants(llm.llm_engine), args.alone)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    compare(llm, jobs, BlockAudit(scheduler.kv_cache_manager), args.alone)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_COORDINATOR, "KVCacheCoordinator.get_num_cacheable_tokens", ("num_computed_tokens", "kv_cache_group_id")),
     (_COORDINATOR, "replay_boundaries", ("num_prompt_tokens", "scheduler_block_size", "use_eagle")),
     (_MANAGER, "SingleTypeKVCacheManager.get_num_skipped_tokens", ("num_computed_tokens",)),
+    # kvcache.vllm_adapter.audit looks at these
+    ("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks", ()),
+    ("vllm.v1.core.block_pool", "BlockHashToBlockMap.contain", ("key", "block_id")),
+    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.popleft_n", ("n",)),
     # server.engine overrides or calls these
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
@@ -66,7 +70,7 @@ PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm._custom_ops", "cpu_attn_reshape_and_cache", ("key_cache", "slot_mapping", "isa")),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.initialize_from_config", ()),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", ("scheduler_output",)),
-    ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),  # its runner's generators, too
 )
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _FLASH = "vllm.v1.attention.backends.flash_attn"

@@ -15,6 +15,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model with a compressing default, as `longreach serve` without a model gives it."""
     flags = ["--kv-policy", "snapkv", "--kv-budget", "512"]
     flags += ["--decode-selectors", "recycled", "quest", "tidal"]
+    flags += ["--kv-audit", "1"]  # a test that breaks the cache ends the server
     flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with running_server(tmp_path_factory.mktemp("server") / "log", *flags) as server:
         yield server

@@ -50,7 +50,7 @@ class Alone(CompressionScheduler):
         self.requests: dict[str, Any] = {}
         self.prefills = {}
         self.prefill_totals = PrefillTotals()
-        self.num_layers = 4
+        self.num_layers, self.audit_every = 4, 0
         self.max_num_scheduled_tokens, self.max_num_running_reqs = 512, 256
         self.scheduler_config: Any = SimpleNamespace(long_prefill_token_threshold=0)
 

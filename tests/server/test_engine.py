@@ -17,7 +17,7 @@ from attention_plugins.decode.registry import FIELD
 from kvcache.usage import TOTALS
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
 from server.engine import LongreachLLM
-from server.metrics import CompressionMetrics, DecodeMetrics, PrefillMetrics
+from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.policies import PolicyDesk
 from server.scope import RequestScope, current_scope
 from tests.server.asgi import desks
@@ -46,7 +46,9 @@ class Fake:
         self.llm.metrics = CompressionMetrics("m", self.registry)
         self.llm.decode_metrics = DecodeMetrics("m", self.registry)
         self.llm.prefill_metrics = PrefillMetrics("m", self.registry)
-        self.llm.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
+        self.llm.vllm_config = SimpleNamespace(
+            cache_config=SimpleNamespace(num_gpu_blocks=blocks), lora_config=None
+        )  # fmt: skip
         self.calls: list[tuple[Any, SamplingParams, str, dict[str, Any]]] = []
         self.closed = 0
 
@@ -98,6 +100,30 @@ def test_requests_get_their_policy_or_the_servers(engine: Engine) -> None:
     ]
     assert fake.calls[0][0] is PROMPT
     assert fake.calls[0][2:] == ("id", {"priority": 3})
+
+
+def test_checks_are_counted(engine: Engine) -> None:
+    fake = engine([output(told()), output({EXTRA_ARG: {**told()[EXTRA_ARG], "audits": 7}}, finished=True)])
+    fake.llm.audit_metrics = AuditMetrics("m", fake.registry)
+    fake.generate()
+    assert fake.registry.get_sample_value("longreach_kv_audits_total", {"model_name": "m"}) == 7
+
+
+@pytest.mark.parametrize("cpu, lora", [(True, True), (True, False), (False, True)])
+def test_what_would_end_the_engine_is_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, cpu: bool, lora: bool
+) -> None:
+    """A prompt's log-probabilities beside adapters, on CPUs."""
+    monkeypatch.setattr("server.engine.current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    fake = engine([])
+    fake.llm.vllm_config.lora_config = object() if lora else None
+    fake.generate()
+    if cpu and lora:
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs can't be had on CPUs beside LoRA adapters"):
+            fake.generate(prompt_logprobs=0)
+    else:
+        fake.generate(prompt_logprobs=0)
+    assert len(fake.calls) == (1 if cpu and lora else 2)
 
 
 def test_what_the_engine_tells_goes_to_the_answer_and_the_metrics(engine: Engine) -> None:

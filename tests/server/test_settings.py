@@ -16,7 +16,7 @@ from kvcache.registry import HEADS, LAYERS, PARTS, policies
 from server import settings
 from server.errors import StartError
 from server.platforms import Platform
-from server.settings import add_flags, default_policy, pass_weights
+from server.settings import add_flags, default_policy, pass_audit, pass_weights
 from tests.kvcache.synthetic import BUDGETED, random_network
 
 CPU = Platform("cpu", None)
@@ -211,3 +211,14 @@ def test_weights_that_can_not_be_read_end_the_start(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"--kv-namm-weights: .*no can't be read as safetensors") as caught:
         pass_weights(args)
     assert "\n" not in str(caught.value)
+
+
+def test_scheduler_and_workers_are_told_how_often_to_check() -> None:
+    args = argparse.Namespace(kv_audit=3, additional_config={"longreach": {"y": 2}})
+    pass_audit(args)
+    assert args.additional_config == {"longreach": {"y": 2, "audit": 3}}
+    args = argparse.Namespace(kv_audit=0, additional_config=None)
+    pass_audit(args)
+    assert args.additional_config is None
+    with pytest.raises(StartError, match=r"--kv-audit: -1 steps; allowed are 0 \(never\) and more"):
+        pass_audit(argparse.Namespace(kv_audit=-1, additional_config=None))
