@@ -29,8 +29,8 @@ class _Discarded(torch.Generator):
     def get_offset(self) -> int:
         return 4  # what vLLM takes off again, which only GPUs' generators know
 
-    def set_offset(self, offset: int) -> None:
-        pass
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
 
 
 class CPUCompressionWorker(CompressionWorker, CPUWorker):

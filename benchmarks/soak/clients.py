@@ -158,17 +158,30 @@ class Clients:
         if answer.status_code != 200:
             self.found.fail(f"canary {name}: {answer.status_code} {answer.text}")
             return
-        choice = answer.json()["choices"][0]
-        tokens, logprobs = choice["token_ids"], choice["logprobs"]
-        known = self.found.canaries.setdefault(name, {"first": tokens, "asked": 0, "same": 0, "ties": []})
+        body = answer.json()
+        choice = body["choices"][0]
+        tokens, top = choice["token_ids"], choice["logprobs"]["top_logprobs"]
+        known = self.found.canaries.setdefault(name, {"first": (tokens, top), "asked": 0, "same": 0, "different": []})
         known["asked"] += 1
-        if tokens == known["first"]:
+        before, before_top = known["first"]
+        if tokens == before:
             known["same"] += 1
-            return
-        pairs = enumerate(zip(tokens, known["first"], strict=False))
-        place = next((number for number, (one, other) in pairs if one != other), min(len(tokens), len(known["first"])))
-        top = sorted(logprobs["top_logprobs"][place].values(), reverse=True)
-        known["ties"].append({"token": place, "margin": round(top[0] - top[1], 5) if len(top) > 1 else None})
+        else:
+            known["different"].append(_difference(before, before_top, tokens, top))
+
+
+def _difference(
+    first: list[int], first_top: list[dict[str, float]], tokens: list[int], top: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Where two answers part, and how: `margin` of the first's token over its second, and `noise`, how far the two
+    runs' log-probabilities were apart at the places before and there."""
+    pairs = enumerate(zip(first, tokens, strict=False))
+    place = next((number for number, (one, other) in pairs if one != other), min(len(first), len(tokens)))
+    here = sorted(first_top[place].values(), reverse=True)
+    noise = 0.0
+    for one, other in zip(first_top[: place + 1], top[: place + 1], strict=True):
+        noise = max([noise, *(abs(one[token] - other[token]) for token in one.keys() & other.keys())])
+    return {"token": place, "margin": round(here[0] - here[1], 5), "noise": round(noise, 5)}
 
 
 def _short(body: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def problems(result: dict[str, Any], *, memory: bool, canaries: bool) -> list[st
         if memory and not told["flat"]:
             found.append(f"{name} grew by {told['grown_mib']} MiB in the second half, {told['bound_mib']} are allowed")
     for name, told in result["canaries"].items():
-        different = [tie for tie in told["ties"] if canaries or (tie["margin"] or 0) > TIE]
+        different = [one for one in told["different"] if canaries or max(one["margin"], one["noise"]) > TIE]
         if different:
             found.append(f"canary {name}: {len(different)} of {told['asked']} answers differ: {different[:3]}")
     return found

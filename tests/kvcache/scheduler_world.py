@@ -97,7 +97,8 @@ class _Selectors:
     """In place of a worker's selectors: reads everything, looks at orders."""
 
     def __init__(self, world: Worker) -> None:
-        self.world, self.reads = world, {}
+        self.world = world
+        self.reads: dict[str, Any] = {}
 
     def prepare(self, order: Prepare) -> None:
         row = self.world.rows[order.request_id]
@@ -139,14 +140,9 @@ class Worker:
         self.compressor = Compressor(
             geometry, InterleavedCodec(PAGE, SIZE), pages, tables, scale=1.0, keep_positions=True
         )
-        self.selecting, self.prefilling = _Selectors(self), _Patterns()
         self.batch: list[str] = []
-        self.runtime = CompressionRuntime(
-            self.compressor,
-            self.selecting,
-            self.prefilling,
-            lambda common: self.batch,  # type: ignore[arg-type]
-        )
+        stand_ins: tuple[Any, Any] = _Selectors(self), _Patterns()
+        self.runtime = CompressionRuntime(self.compressor, *stand_ins, lambda common: self.batch)
         self.rows: dict[str, Row] = {}
         self.lives: dict[str, Life] = {}
         self._epochs = count(PRIVATE)
