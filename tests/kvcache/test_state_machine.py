@@ -176,7 +176,7 @@ def run(case: str, config: Any, steps: int) -> type[Machine]:
     """The machine, after about so many steps."""
     machine = type(case, (Machine,), {**CASES[case], "config": config, "seen": Counter()})
     profile = settings(
-        max_examples=steps // 200 + 3, stateful_step_count=60, derandomize=True, deadline=None, database=None,
+        max_examples=steps // 330 + 12, stateful_step_count=60, derandomize=True, deadline=None, database=None,
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck), print_blob=False, report_multiple_bugs=False,
     )  # fmt: skip
     run_state_machine_as_test(machine, settings=profile)
