@@ -84,6 +84,9 @@ ADVICE = {
     "--prefill-globals": "Time grows with it. The model's own.",
     "--prefill-random": "Time grows with it. The model's own.",
     "--prefill-seed": "Free. The model's own.",
+    "--max-body-bytes": "Memory of a connection. Raise it for requests of many prompts.",
+    "--max-header-bytes": "Memory of a connection. Lower it behind a proxy that has a limit of its own.",
+    "--client-timeout": "Lower it where strangers connect, raise it for clients on very slow lines.",
 }
 
 

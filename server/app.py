@@ -20,12 +20,14 @@ from attention_plugins.prefill.orders import PATTERNS
 from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
 from server.calibration import CacheShape, read_calibration, read_head_tables
+from server.connections import guarded
 from server.decode_settings import selector_desk
 from server.desks import Desks
 from server.draining import Door
 from server.engine import LongreachLLM
 from server.errors import StartError, one_line
 from server.flags import in_flags
+from server.limits import make_limits
 from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.model_layers import full_layers
 from server.platforms import Platform, choose_scheduler
@@ -102,6 +104,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
     stop = _Stop()
     allow_plugin()
     args.middleware = [*args.middleware, _OUTERMOST]
+    limits = make_limits(args)
     address, sock = _listen(args)
     try:
         try:
@@ -114,7 +117,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             if platform.unavailable is None:
                 await _ask_workers(engine)
             await engine.reset_mm_cache()  # vLLM's warm-up left dummy data there
-            shutdown = await build_and_serve(engine, address, sock, args)
+            shutdown = await build_and_serve(engine, address, sock, args, http=guarded(limits))
         finally:
             engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
         with suppress(TimeoutError):  # a client that doesn't read its answer holds its connection

@@ -17,6 +17,7 @@ from server.decode_settings import add_decode_flags
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.embedded_models import NAMED, SMOLLM2
 from server.errors import StartError, one_line
+from server.limits import add_limit_flags
 from server.platforms import NO_DEVICE, Platform, stand_in
 from server.prefill_settings import add_prefill_flags
 from server.settings import add_flags
@@ -64,6 +65,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_flags(parser)  # before vLLM's, since help lists groups in their order
     add_decode_flags(parser)
     add_prefill_flags(parser)
+    add_limit_flags(parser)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)

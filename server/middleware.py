@@ -6,24 +6,20 @@ import json
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcache.method import PolicyError
+from server.bodies import CONTENT, replay
 from server.desks import BEAM, Desks
+from server.refusal import refuse
 from server.scope import RequestScope, current_scope
-
-
-def error_response(error: PolicyError) -> JSONResponse:
-    """OpenAI's error shape, status 400."""
-    body = {"message": str(error), "type": "BadRequestError", "param": error.field, "code": 400}
-    return JSONResponse({"error": body}, status_code=400)
 
 
 class FieldsMiddleware:
     """Takes our fields out of JSON requests, checks them, and adds fields of the same names to the answers' usage.
 
-    Requests without the fields and answers without usage pass through as they are.
+    Requests without the fields and answers without usage pass through as they are. Bodies are read by `BodyMiddleware`,
+    which runs around this one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -34,19 +30,18 @@ class FieldsMiddleware:
             return await self.app(scope, receive, send)
         request = RequestScope()
         editor: Send = _AnswerEditor(request, send)
-        if "json" in Headers(scope=scope).get("content-type", "").lower():
-            body, messages = await _read(receive)
-            desks: Desks = scope["app"].state.longreach_desks
-            if content := _object_with(body, *desks.fields, BEAM):
-                try:
-                    request.words = desks.take(content)
-                except PolicyError as error:
-                    return await error_response(error)(scope, receive, send)
-                body = json.dumps(content).encode()
-                scope = {**scope, "headers": _with_length(scope, len(body))}
-                if content.get(BEAM):
-                    editor = send  # its many engine requests add up to nothing that a client could read
-            receive = _replay(body, messages, receive)
+        desks: Desks = scope["app"].state.longreach_desks
+        if content := _object_with(scope.get(CONTENT), *desks.fields, BEAM):
+            try:
+                request.words = desks.take(content)
+            except PolicyError as error:
+                return await refuse(400, str(error), error.field)(scope, receive, send)
+            body = json.dumps(content).encode()
+            scope = {**scope, "headers": _with_length(scope, len(body))}
+            await receive()  # what it stands for
+            receive = replay(body, [], receive)
+            if content.get(BEAM):
+                editor = send  # its many engine requests add up to nothing that a client could read
         token = current_scope.set(request)
         try:
             await self.app(scope, receive, editor)
@@ -54,35 +49,8 @@ class FieldsMiddleware:
             current_scope.reset(token)
 
 
-async def _read(receive: Receive) -> tuple[bytes, list[Message]]:
-    """The body, and what came instead of its end: a disconnect, or nothing."""
-    parts: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return b"".join(parts), [message]
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts), []
-
-
-def _replay(body: bytes, messages: list[Message], receive: Receive) -> Receive:
-    queue: list[Message] = [{"type": "http.request", "body": body, "more_body": bool(messages)}, *messages]
-
-    async def replay() -> Message:
-        return queue.pop(0) if queue else await receive()
-
-    return replay
-
-
-def _object_with(body: bytes, *names: str) -> dict[str, Any] | None:
-    """The body as a JSON object if it has one of these fields. What isn't a JSON object is vLLM's to refuse."""
-    if not any(name.encode() in body for name in names):
-        return None
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+def _object_with(content: Any, *names: str) -> dict[str, Any] | None:
+    """What a body says if it is an object with one of these fields. What isn't an object is vLLM's to refuse."""
     return content if isinstance(content, dict) and _fields(content) & set(names) else None
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from server.bodies import BodyMiddleware
 from server.draining import Door, DrainingMiddleware
+from server.limits import make_limits
 from server.middleware import FieldsMiddleware
 
 router = APIRouter()
@@ -62,13 +64,15 @@ class LongreachPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
-        # Added before vLLM's own, so it runs inside them: authentication comes first.
+        # Added before vLLM's own, so they run inside them: authentication comes first. The last of ours runs first.
         app.add_middleware(FieldsMiddleware)
         app.add_middleware(DrainingMiddleware)
+        app.add_middleware(BodyMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         state.longreach_desks = engine_client.desks
         state.longreach_door = engine_client.door
+        state.longreach_limits = make_limits(args, engine_client.model_config.max_model_len)
 
 
 def create_plugin() -> LongreachPlugin:

@@ -8,6 +8,7 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.serving import Server, running_server
+from tests.e2e.canary import Canary
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def client(server: Server) -> OpenAI:
     # The client's own timeout would give up on long prompts on a slow machine, and a retry would hide an error.
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def canary(server: Server) -> Canary:
+    canary = Canary(server)
+    canary.song = canary.sing()
+    return canary

@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
+from server.bodies import BodyMiddleware
 from server.desks import Desks
+from server.limits import Limits
 from server.middleware import FieldsMiddleware
 from server.patterns import PatternDesk
 from server.policies import PolicyDesk
@@ -18,6 +20,7 @@ from server.selectors import SelectorDesk
 Message = dict[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 PAGE = 16
+LIMITS = Limits(body_bytes=64 << 20)
 USAGE = {"policy": "none", "prompt_tokens": 7, "kept_tokens": {"mean": 7.0, "min": 7.0, "max": 7.0}, "bytes_held": 2,
          "bytes_freed": 1}  # fmt: skip
 
@@ -78,9 +81,11 @@ def exchange(
     messages: list[Message],
     desk: PolicyDesk | Desks | None = None,
     sent: list[Message] | None = None,
+    limits: Limits = LIMITS,
 ) -> tuple[list[Message], list[Message]]:
     """Return what the client was sent (in `sent` also when the app fails), and its messages that nobody read."""
-    state = SimpleNamespace(longreach_desks=desk if isinstance(desk, Desks) else desks(desk))
+    own = desk if isinstance(desk, Desks) else desks(desk)
+    state = SimpleNamespace(longreach_desks=own, longreach_limits=limits)
     left, sent = list(messages), [] if sent is None else sent
 
     async def receive() -> Message:
@@ -90,7 +95,7 @@ def exchange(
         sent.append(dict(message))
 
     async def run() -> None:
-        await FieldsMiddleware(handler)({**scope, "app": SimpleNamespace(state=state)}, receive, send)
+        await BodyMiddleware(FieldsMiddleware(handler))({**scope, "app": SimpleNamespace(state=state)}, receive, send)
         assert current_scope.get() is None
 
     asyncio.run(run())

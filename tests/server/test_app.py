@@ -42,7 +42,7 @@ class FakeEngine:
     """Enough of an engine client for vLLM to listen; `log` is what was done with it."""
 
     desks = DESKS
-    model_config = None
+    model_config = SimpleNamespace(max_model_len=512, get_pooling_task=lambda tasks: None)
     errored = is_running = False
     vllm_config = SimpleNamespace(shutdown_timeout=0, model_config=None)
     drained = True
@@ -157,7 +157,7 @@ def test_it_speaks_tls_and_wants_its_key(parse: Parse, engine: FakeEngine, tmp_p
 def test_a_failing_application_ends_the_engine(
     parse: Parse, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(*_: Any) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(app, "build_and_serve", fail)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
+from server.bodies import BodyMiddleware
 from server.middleware import FieldsMiddleware
 from server.policies import PolicyDesk
 from server.scope import current_scope
-from tests.server.asgi import USAGE, Handler, answer, body_messages, desks, exchange, http_scope, post, sent_body
+from tests.server.asgi import (
+    LIMITS,
+    USAGE,
+    Handler,
+    answer,
+    body_messages,
+    desks,
+    exchange,
+    http_scope,
+    post,
+    sent_body,
+)
 
 POLICY = {"policy": "streamingllm", "budget": 512}
 WORDS = {"policy": "streamingllm", "budget": 512, "sinks": 4, "suffix": 0, "interval": 0}
@@ -46,13 +57,9 @@ def test_null_means_the_servers_default() -> None:
         b'{"prompt": "kv_cache"}',
         b'["kv_cache"]',
         b'"kv_cache"',
-        b'{"kv_cache": {"policy": "snapkv"}',
-        b'{"kv_cache": "\xff\xfe"}',
-        gzip.compress(b'{"kv_cache": {"policy": "nonsense"}}'),
-        b'{"kv_cache":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b"",
     ],
-    ids=["plain", "in-text", "nested", "in-prompt", "list", "string", "broken", "not-utf8", "gzip", "deep", "empty"],
+    ids=["plain", "in-text", "nested", "in-prompt", "list", "string", "empty"],
 )
 def test_other_bodies_pass_byte_by_byte(body: bytes) -> None:
     handler = Handler()
@@ -65,9 +72,9 @@ def test_other_bodies_pass_byte_by_byte(body: bytes) -> None:
 def test_text_survives_the_rewriting() -> None:
     text = "naïve 東京 🎉 \\ud83d \u2028 \x00"
     handler = Handler()
-    post(handler, b'{"kv_cache": {"policy": "none"}, "lone": "\\ud83d", "big": 123456789012345678901, "text": '
+    post(handler, b'{"kv_cache": {"policy": "none"}, "pair": "\\ud83d\\ude00", "big": 123456789012345678901, "text": '
          + json.dumps(text, ensure_ascii=False).encode() + b"}")  # fmt: skip
-    assert json.loads(handler.body) == {"lone": "\ud83d", "big": 123456789012345678901, "text": text}
+    assert json.loads(handler.body) == {"pair": "😀", "big": 123456789012345678901, "text": text}
 
 
 def test_a_body_in_several_messages_without_length() -> None:
@@ -122,11 +129,10 @@ def test_content_types_of_json(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "text/plain", None])
-def test_other_content_types_are_streamed_through(kind: str | None) -> None:
+def test_other_content_types_are_not_read(kind: str | None) -> None:
     handler = Handler()
-    messages = body_messages(b'{"kv_cache":', b"1}")
-    exchange(handler, http_scope(content_type=kind), messages)
-    assert handler.seen == messages
+    exchange(handler, http_scope(content_type=kind), body_messages(b'{"kv_cache":', b"1}"))
+    assert handler.body == b'{"kv_cache":1}'
     assert handler.words is None
 
 
@@ -196,7 +202,7 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
     seen: dict[str, Any] = {}
 
     class State:
-        state = type("S", (), {"longreach_desks": desks()})
+        state = type("S", (), {"longreach_desks": desks(), "longreach_limits": LIMITS})
 
     async def engine(name: str) -> None:
         scope = current_scope.get()
@@ -221,7 +227,7 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await FieldsMiddleware(app)({**http_scope(), "app": State}, receive, send)
+        await BodyMiddleware(FieldsMiddleware(app))({**http_scope(), "app": State}, receive, send)
         return sent_body(sent)
 
     async def both() -> list[bytes]:
