@@ -60,7 +60,7 @@ def test_a_length_that_is_too_large_is_answered_before_the_body() -> None:
 
 
 def test_without_a_length_it_is_answered_as_soon_as_it_is_too_much() -> None:
-    parts = [b"1" * 30] * 3 + [b"1" * 31]
+    parts = [b"1" * 30] * 3 + [b"1" * 31]  # the fourth is too much
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in [*parts, *parts]]
     handler, sent, unread = exchange(messages, transfer_encoding="chunked")
     assert (error(sent)[0], unread, handler.scope) == (413, 4, None)
@@ -76,8 +76,8 @@ def test_a_body_that_comes_too_slowly_is_answered_by_408() -> None:
 def test_a_large_body_may_take_longer() -> None:
     """As long as it comes fast: 0.05 s, and one for each 16 KiB."""
     limits = Limits(body_bytes=1 << 20, client_seconds=0.05)
-    messages = body_messages(*[b"1" * 4096] * 8)
-    assert exchange(messages, limits, waits=0.02)[1] == answer(b"{}")
+    messages = body_messages(*[b"%d" % place * 4096 for place in range(8)])
+    assert exchange(messages, limits, waits=0.02, content_type="text/plain")[1] == answer(b"{}")
 
 
 def test_a_client_that_leaves_is_the_handlers_business() -> None:

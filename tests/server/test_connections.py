@@ -24,21 +24,16 @@ served: list[str] = []
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once; `/slow` after a second, `/large` with 64 MB."""
-    if scope["type"] != "http":
-        return
+    """Answers at once; `/slow` after a second, `/large` with 64 MB in 64 parts."""
     served.append(scope["path"])
     if scope["path"] == "/slow":
         await asyncio.sleep(1)
-    size = 64_000_000 if scope["path"] == "/large" else 2
-    try:
-        for message in answer(b"x" * size, content_length=str(size)):
-            await send(message)
-        if scope["path"] == "/large":
-            await receive()  # the request
-            served.append((await receive())["type"])
-    finally:
-        served.append("done")
+    parts = [b"x" * 1_000_000] * 64 if scope["path"] == "/large" else [b"xx"]
+    size = str(sum(map(len, parts)))
+    await send(answer(b"", content_length=size)[0])
+    for place, part in enumerate(parts, 1):
+        await send({"type": "http.response.body", "body": part, "more_body": place < len(parts)})
+    served.append("done")
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +139,10 @@ def test_a_head_that_is_too_large_is_answered_by_431(head: bytes, connect: Conne
 def test_a_head_without_end_is_not_collected(connect: Connect) -> None:
     sock = connect()
     sock.sendall(GET + b"x: ")
-    sent = 0
-    try:
-        while sent < 100_000_000:
-            sent += sock.send(b"y" * 65536)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
-    assert sent < 50_000_000 and served == []
+    time.sleep(0.1)
+    sock.sendall(b"y" * 5000)
+    assert rest(sock).startswith(b"HTTP/1.1 431")
+    assert served == []
 
 
 def test_an_answer_may_take_its_time(connect: Connect) -> None:
@@ -181,7 +173,7 @@ def test_a_client_that_does_not_read_is_cut_off(connect: Connect) -> None:
     end = time.monotonic() + 8
     while "done" not in served and time.monotonic() < end:
         time.sleep(0.05)
-    assert served == ["/large", "http.disconnect", "done"]
+    assert served == ["/large", "done"]
 
 
 def test_a_client_that_reads_slowly_is_not(connect: Connect) -> None:
