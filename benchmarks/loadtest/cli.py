@@ -2,7 +2,8 @@
 
   run [--url URL | --server NAME=COMMAND ...]
                           load, measure, store, report; started again, it goes on with what is missing
-  report DIR|RESULTS.json report.html, results.json and crossover.png from what is stored
+  report DIR|RESULTS.json...
+                          report.html, results.json and crossover.png from what is stored
   profiles                what can be asked for
 
 Exit codes: 0 done; 1 some requests failed, there was no time for all loads, or a server didn't start; 2 wrong
@@ -44,15 +45,14 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_arguments(run_parser)
     report = commands.add_parser("report", help="from what is stored")
-    report.add_argument("source", type=Path, metavar="DIR|RESULTS.json", help="what a run wrote")
+    report.add_argument("sources", nargs="+", type=Path, metavar="DIR|RESULTS.json",
+                        help="what runs wrote; of several the report is in the first")  # fmt: skip
     report.add_argument("--baseline", metavar="SYSTEM", help="what others are compared with")
     commands.add_parser("profiles", help="what can be asked for, with arguments")
     return parser
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    from importlib.metadata import version
-
     from benchmarks.loadtest.report import write_report
     from benchmarks.quality.run import commit
 
@@ -69,14 +69,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     store.note(
         redacted(args, argv), date=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit(),
-        note=args.note, concurrency=sett.concurrency, vllm=vllm.__version__, longreach=version("longreach"),
+        note=args.note, concurrency=sett.concurrency, vllm=vllm.__version__,
     )  # fmt: skip
     runner = Runner(sett, store)
     try:
         runner.run()
     finally:
         store.tell(not_begun=[f"{key.system}, {key.rate:g} a second, {key.profile}" for key in runner.not_begun])
-    print(write_report(sett.out, sett.baseline))
+    print(write_report([sett.out], sett.baseline))
     return 1 if runner.failed or runner.not_begun else 0
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "report":
             from benchmarks.loadtest.report import write_report
 
-            print(write_report(args.source, args.baseline))
+            print(write_report(args.sources, args.baseline))
             return 0
         return run(args, argv)
     except RuntimeError as error:

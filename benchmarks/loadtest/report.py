@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,17 +112,19 @@ def _cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for number, line in enumerate(lines) if number != 1]
 
 
-def write_report(source: Path, baseline: str | None = None) -> str:
-    """Write report.html, results.json and crossover.png into a folder (or beside a results.json); say what they tell.
+def write_report(sources: Sequence[Path], baseline: str | None = None) -> str:
+    """Write report.html, results.json and crossover.png into the first source (a folder, or where a results.json is).
+
+    Returns:
+        What they tell.
 
     Raises:
-        ValueError: there are no results.
+        ValueError: there are no results, or they don't compare.
     """
-    results = load(source)
+    results = load(sources)
     summary = summarize(results, baseline)
-    out = source if source.is_dir() else source.parent
-    if source.is_dir():
-        results.merge(out / MERGED)
+    out = sources[0] if sources[0].is_dir() else sources[0].parent
+    results.write(out / MERGED)
     (out / "report.html").write_text(as_html(summary), encoding="utf-8")
     if available():
         for name, figure in plots.all_pictures(summary):

@@ -65,9 +65,9 @@ class Runner:
         return [
             (key, system, profile)
             for profile in self.settings.profiles
-            for rate in self.settings.rates
+            for rate, requests in self.settings.rates
             for system in self.settings.systems(spec, knows_policies)
-            if not self.store.has(key := Key(profile.title, system.name, rate, pool))
+            if not self.store.has(key := Key(profile.title, system.name, rate, requests, pool))
         ]
 
     @contextmanager
@@ -112,7 +112,7 @@ class Runner:
 
     def span(self, key: Key, profile: Profile) -> float:
         """Seconds from a load's begin to its last arrival."""
-        count = len(profile.conversations(self.settings.requests, self.settings.writer.seed))
+        count = len(profile.conversations(key.requests, self.settings.writer.seed))
         return 0.0 if math.isinf(key.rate) else count / key.rate
 
     async def _try(self, endpoint: Endpoint, system: System, profile: Profile) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Runner:
     ) -> Cell:
         await watcher.until_idle(IDLE)
         settings = self.settings
-        conversations = profile.conversations(settings.requests, settings.writer.seed)
+        conversations = profile.conversations(key.requests, settings.writer.seed)
         # Loads mustn't find the prompts of an earlier one in the prefix cache.
         fields = {**system.fields, "cache_salt": f"{key.file} {time.time()}"}
         limits = Limits(self.span(key, profile) + 1.0, drain, settings.concurrency)

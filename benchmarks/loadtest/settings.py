@@ -45,6 +45,7 @@ class Settings:
     """A run.
 
     Attributes:
+        rates: each with its number of requests.
         servers: what is loaded; systems come from them and `variants` once it is known which are Longreach.
         pools: bytes of KV cache that every server is started with in turn, or one None.
         seconds: for everything together.
@@ -54,9 +55,8 @@ class Settings:
     servers: list[ServerSpec]
     variants: list[tuple[str, str | None, dict[str, Any]]]
     profiles: list[Profile]
-    rates: list[float]
+    rates: list[tuple[float, int]]
     pools: list[int | None]
-    requests: int
     concurrency: int
     seconds: float
     drain: float | None
@@ -82,7 +82,7 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What results in one folder must have in common to be compared."""
         return {
-            "seed": self.writer.seed, "requests": self.requests, "tokens": [self.writer.low, self.writer.high],
+            "seed": self.writer.seed, "tokens": [self.writer.low, self.writer.high],
             "ttft_goal": self.goals.ttft, "tpot_goal": self.goals.tpot,
         }  # fmt: skip
 
@@ -103,8 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with what").add_argument
     add("--profile", action="append", metavar="NAME[,ARG=NUMBER...]", help="`longreach loadtest profiles` lists them "
         "(prompts,prompt=2048,output=128); may be repeated")  # fmt: skip
-    add("--rates", default="0.1,0.2,0.4", help="arrivals a second, by commas; inf: all at once (0.1,0.2,0.4)")
-    add("--requests", type=int, default=10, help="of each load (10)")
+    add(
+        "--rates",
+        default="0.1,0.2,0.4",
+        metavar="RATE[xREQUESTS],...",
+        help="arrivals a second; inf: all at once (0.1,0.2,0.4)",
+    )
+    add("--requests", type=int, default=10, help="of each load whose rate names no number (10)")
     add("--pools", help="bytes of KV cache, by commas, such as 200M,400M: every server is started with each")
     add("--seed", type=int, default=0, help="of prompts and arrivals (0)")
     add("--token-ids", default=f"{LOW}:{HIGH}", metavar="LOW:HIGH", help="that prompts are made of (1000:30000)")
@@ -146,8 +151,7 @@ def settings(args: argparse.Namespace) -> Settings:
     drain = None if args.drain is None else _within("--drain", args.drain, 1, MOST_SECONDS)
     tpot = args.tpot or (0.25 if own else 0.05)
     return Settings(
-        args.out, servers, variants, _profiles(args), _rates(args.rates), pools,
-        _within("--requests", args.requests, 1, MOST_REQUESTS),
+        args.out, servers, variants, _profiles(args), _rates(args.rates, args.requests), pools,
         _within("--concurrency", args.concurrency, 1, MOST_CONCURRENCY),
         _within("--seconds", args.seconds, 10, MOST_SECONDS), drain,
         Goals(_within("--ttft", args.ttft, 0.001, 3600), _within("--tpot", tpot, 1e-4, 3600)),
@@ -168,14 +172,19 @@ def _profiles(args: argparse.Namespace) -> list[Profile]:
     return found
 
 
-def _rates(text: str) -> list[float]:
-    try:
-        rates = [float(rate) for rate in text.split(",")]
-    except ValueError:
-        raise SettingsError(f"--rates {text}: numbers by commas, such as 0.1,0.5,inf") from None
-    if any(not rate > 0 for rate in rates):
+def _rates(text: str, requests: int) -> list[tuple[float, int]]:
+    _within("--requests", requests, 1, MOST_REQUESTS)
+    found: dict[float, int] = {}
+    for word in text.split(","):
+        rate, _, number = word.partition("x")
+        try:
+            found[float(rate)] = _within(f"--rates {word}:", int(number or requests), 1, MOST_REQUESTS)
+        except ValueError as error:
+            told = error if isinstance(error, SettingsError) else f"--rates {text}: numbers by commas: 0.1,0.5x200,inf"
+            raise SettingsError(told) from None
+    if any(not rate > 0 for rate in found):
         raise SettingsError(f"--rates {text}: all must be above 0; inf sends everything at once")
-    return sorted(set(rates))
+    return sorted(found.items())
 
 
 def _writer(args: argparse.Namespace) -> Writer:
@@ -188,8 +197,8 @@ def _writer(args: argparse.Namespace) -> Writer:
 def planned_seconds(sett: Settings, loads: int) -> float:
     """What `loads` loads of every rate and profile take at most, without servers' starts."""
     return loads * sum(
-        (0.0 if math.isinf(rate) else sett.requests / rate) + min(sett.drain_of(profile, rate), sett.seconds)
-        for rate in sett.rates
+        (0.0 if math.isinf(rate) else requests / rate) + min(sett.drain_of(profile, rate), sett.seconds)
+        for rate, requests in sett.rates
         for profile in sett.profiles
     )
 

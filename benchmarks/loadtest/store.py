@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Key:
     profile: str
     system: str
     rate: float
+    requests: int
     pool: int | None = None
 
     @property
     def file(self) -> str:
-        words = f"{self.system} {self.profile} rate {self.rate:g}" + (f" pool {self.pool}" if self.pool else "")
+        words = f"{self.system} {self.profile} rate {self.rate:g}x{self.requests}"
+        words += f" pool {self.pool}" if self.pool else ""
         # Names that differ in nothing but signs must not share a file.
         return f"{re.sub(r'[^A-Za-z0-9.]+', '-', words)[:100]}-{zlib.crc32(words.encode()):08x}.json"
 
@@ -108,11 +110,7 @@ class Store:
         self.about: dict[str, Any] = {"identity": dict(identity), "commands": [], "systems": []}
         if (folder / ABOUT).exists():
             self.about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            there = self.about["identity"]
-            for name, value in identity.items():
-                if there.get(name) != value:
-                    raise Conflict(f"{folder} holds results with {name} {there.get(name)!r}, not {value!r}: "
-                                   "they don't compare; take another --out")  # fmt: skip
+            _same(self.about["identity"], identity, f"{folder}: take another --out")
         self.cells.mkdir(parents=True, exist_ok=True)
 
     def note(self, command: str, **told: Any) -> None:
@@ -158,31 +156,67 @@ class Results:
     about: dict[str, Any]
     cells: list[Cell]
 
-    def merge(self, path: Path) -> None:
+    def write(self, path: Path) -> None:
         """One file with all of it."""
         _write(path, {"about": self.about, "cells": [cell.as_dict() for cell in self.cells]})
 
 
-def load(path: Path) -> Results:
-    """Of a folder, or of its results.json alone.
+def _same(there: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        Conflict: results of these two don't compare.
+    """
+    for name, value in identity.items():
+        if there.get(name) != value:
+            raise Conflict(
+                f"results with {name} {value!r} don't compare with those with {there.get(name)!r} in {where}"
+            )
+
+
+def load(sources: Sequence[Path]) -> Results:
+    """Of folders, or of their results.json alone. Of a cell that several have, the first one's counts.
 
     Raises:
-        ValueError: there are no results.
+        ValueError: there are no results, or they don't compare.
     """
-    if path.is_dir():
-        if not (path / ABOUT).exists():
-            raise ValueError(f"{path} holds no results of `longreach loadtest run`")
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        files = sorted((path / "cells").glob("*.json"))
-        contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    else:
-        merged = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(merged, dict) or not {"about", "cells"} <= set(merged):
-            raise ValueError(f"{path} is no {MERGED} of a load test")
-        about, contents = merged["about"], merged["cells"]
-    cells = [Cell.of(content) for content in contents]
+    about: dict[str, Any] = {}
+    cells: dict[Key, Cell] = {}
+    for source in sources:
+        told, contents = _content(source)
+        if about:
+            _same(about["identity"], told["identity"], str(sources[0]))
+            about["systems"] += [name for name in told["systems"] if name not in about["systems"]]
+            about["commands"] += told["commands"]
+            about["not_begun"] = [*about.get("not_begun", []), *told.get("not_begun", [])]
+        about = about or told
+        for content in contents:
+            cell = Cell.of(content)
+            cells.setdefault(cell.key, cell)
     if not cells:
-        raise ValueError(f"{path} holds no load that was measured to its end")
+        raise ValueError(f"{', '.join(map(str, sources))}: no load was measured to its end")
     place = {name: number for number, name in enumerate(about["systems"])}
-    cells.sort(key=lambda cell: (cell.key.profile, cell.key.pool or 0, place[cell.key.system], cell.key.rate))
-    return Results(about, cells)
+    order = sorted(
+        cells.values(),
+        key=lambda cell: (
+            cell.key.profile,
+            cell.key.pool or 0,
+            place[cell.key.system],
+            cell.key.rate,
+            -cell.key.requests,
+        ),
+    )
+    return Results(about, order)
+
+
+def _content(source: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a folder, or a results.json, says of itself, and its cells."""
+    if source.is_dir():
+        if not (source / ABOUT).exists():
+            raise ValueError(f"{source} holds no results of `longreach loadtest run`")
+        files = sorted((source / "cells").glob("*.json"))
+        about = json.loads((source / ABOUT).read_text(encoding="utf-8"))
+        return about, [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    merged = json.loads(source.read_text(encoding="utf-8"))
+    if not isinstance(merged, dict) or not {"about", "cells"} <= set(merged):
+        raise ValueError(f"{source} is no {MERGED} of a load test")
+    return merged["about"], merged["cells"]

@@ -253,7 +253,7 @@ def comparisons(summary: Summary, group: Group) -> list[Comparison]:
         for rate in group.rates:
             base = group.at(summary.baseline, rate) if summary.baseline else None
             other = group.at(system, rate)
-            if system != summary.baseline and base and other:
+            if system != summary.baseline and base and other and base.cell.key.requests == other.cell.key.requests:
                 found.append(Comparison(base, other))
     return found
 

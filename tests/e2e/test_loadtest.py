@@ -20,7 +20,7 @@ def test_compression_is_measured_beside_none(server: Server, tmp_path: Path) -> 
     words += ["--variant", 'none={"kv_cache": {"policy": "none"}}']
     words += ["--variant", 'snapkv={"kv_cache": {"policy": "snapkv", "budget": 256}}']
     assert main(words) == 0
-    none, snapkv = load(tmp_path).cells
+    none, snapkv = load([tmp_path]).cells
     assert (none.key.system, snapkv.key.system) == ("none", "snapkv")
     for cell in (none, snapkv):
         assert [request.status for request in cell.requests] == ["done"] * 3

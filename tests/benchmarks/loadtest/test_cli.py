@@ -35,7 +35,7 @@ def test_a_run_measures_reports_and_goes_on_where_it_was(
     assert main([*words, "--rates", "20,inf", "--variant", SNAPKV, "--variant", "none={}"]) == 0
     assert "good" in capsys.readouterr().out
     assert measured(fake) == 2 * 2 * 4
-    results = load(tmp_path)
+    results = load([tmp_path])
     assert results.about["systems"] == ["snapkv", "none"] and results.about["not_begun"] == []
     for cell in results.cells:
         assert cell.count("done") == 4 and cell.watched["pool_tokens"] == 64_000
@@ -48,8 +48,8 @@ def test_a_run_measures_reports_and_goes_on_where_it_was(
     # Again: nothing is asked. With one more rate: only that one.
     assert main([*words, "--rates", "20,inf", "--variant", SNAPKV, "--variant", "none={}"]) == 0
     assert measured(fake) == 16
-    assert main([*words, "--rates", "20,40", "--variant", SNAPKV]) == 0
-    assert measured(fake) == 20
+    assert main([*words, "--rates", "20,40x3", "--variant", SNAPKV]) == 0
+    assert measured(fake) == 19
     assert main(["report", str(tmp_path), "--baseline", "snapkv"]) == 0
     assert main(["run", "--url", fake.url, "--out", str(tmp_path), *SMALL, "--seed", "1"]) == 2
     assert "take another --out" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_a_run_measures_reports_and_goes_on_where_it_was(
 
 def test_without_variants_a_longreach_server_is_compared_with_itself(fake: Fake, tmp_path: Path) -> None:
     assert main(["run", "--url", fake.url, "--out", str(tmp_path), *SMALL, "--rates", "inf"]) == 0
-    assert load(tmp_path).about["systems"] == ["none", "snapkv 512"]
+    assert load([tmp_path]).about["systems"] == ["none", "snapkv 512"]
 
 
 def test_another_server_is_asked_as_it_is(fake: Fake, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_another_server_is_asked_as_it_is(fake: Fake, tmp_path: Path) -> None:
     with fake_module.serving(Fake(longreach=False)) as stock:
         words = ["run", "--server", f"stock={stock.url}", "--out", str(tmp_path), *SMALL, "--rates", "inf"]
         assert main(words) == 0
-        assert load(tmp_path).about["systems"] == ["stock"]
+        assert load([tmp_path]).about["systems"] == ["stock"]
         # It ignores fields that it doesn't know: that isn't measured as if it had compressed.
         assert main([*words, "--variant", SNAPKV]) == 2
 
@@ -74,7 +74,7 @@ def test_commands_are_started_with_each_pool_and_ended(tmp_path: Path, capsys: p
     command = f"a=python {fake_module.__file__}"
     words = ["run", "--server", command, "--out", str(tmp_path), *SMALL, "--rates", "inf", "--variant", SNAPKV]
     assert main([*words, "--pools", "32K,64K"]) == 0
-    cells = load(tmp_path).cells
+    cells = load([tmp_path]).cells
     assert [(cell.key.pool, cell.watched["pool_tokens"]) for cell in cells] == [(32_000, 32_000), (64_000, 64_000)]
     assert "--kv-cache-memory-bytes 32000" in capsys.readouterr().err
     # All is there: nothing is started again.
@@ -93,7 +93,7 @@ def test_what_there_is_no_time_for_is_told(fake: Fake, tmp_path: Path, capsys: p
     words = ["run", "--url", fake.url, "--out", str(tmp_path), "--profile", "prompts,prompt=40,output=3"]
     words += ["--requests", "4", "--seconds", "12", "--rates", "0.1,inf", "--variant", "none={}"]
     assert main(words) == 1  # 40 s of arrivals don't fit, all at once does
-    assert [cell.key.rate for cell in load(tmp_path).cells] == [float("inf")]
+    assert [cell.key.rate for cell in load([tmp_path]).cells] == [float("inf")]
     assert "Not measured, for want of time: none, 0.1 a second" in capsys.readouterr().out
 
 
@@ -104,6 +104,7 @@ def test_what_there_is_no_time_for_is_told(fake: Fake, tmp_path: Path, capsys: p
         (["--server", "a=https://example.org"], "Add --remote"),
         (["--rates", "0.5,0"], "must be above 0"),
         (["--rates", "fast"], "numbers by commas"),
+        (["--rates", "1x0"], "--rates 1x0: 0: allowed are 1 to 10000"),
         (["--requests", "0"], "--requests 0: allowed are 1 to 10000"),
         (["--seconds", "1e9"], "--seconds 1e+09: allowed are 10 to 21600"),
         (["--profile", "novels"], "there are prompts, document"),

@@ -16,7 +16,7 @@ from benchmarks.loadtest.tables import at_least, crossover_table, keeping_up, ma
 from benchmarks.loadtest.watch import COUNTERS, sums
 
 PROFILE = "prompts,output=10,prompt=100"
-IDENTITY = {"seed": 0, "requests": 20, "tokens": [1000, 30000], "ttft_goal": 1.0, "tpot_goal": 0.1}
+IDENTITY = {"seed": 0, "tokens": [1000, 30000], "ttft_goal": 1.0, "tpot_goal": 0.1}
 
 
 def cell(
@@ -39,7 +39,7 @@ def cell(
     fields = {"kv_cache": {"policy": "snapkv"}} if compresses else {}
     server = {"version": "1", "model": "m <b>", "command": None}
     return Cell(
-        Key(PROFILE, system, rate, pool), fields, compresses, server, {}, seconds, metrics, watched, 7, requests
+        Key(PROFILE, system, rate, 20, pool), fields, compresses, server, {}, seconds, metrics, watched, 7, requests
     )
 
 
@@ -61,25 +61,49 @@ def example(folder: Path) -> Path:
 
 def test_results_come_back_as_they_were_stored(tmp_path: Path) -> None:
     folder = example(tmp_path)
-    found = load(folder)
+    found = load([folder])
     assert [(one.key.system, one.key.rate) for one in found.cells] == [
         ("stock", 0.5), ("stock", 1.0), ("stock", math.inf), ("snapkv", 0.5), ("snapkv", 1.0), ("snapkv", 2.0),
         ("snapkv", math.inf),
     ]  # fmt: skip
     assert found.cells[1].requests == cell("stock", 1.0, 5, unfinished=3).requests
-    found.merge(folder / "results.json")
-    merged = load(folder / "results.json")
+    found.write(folder / "results.json")
+    merged = load([folder / "results.json"])
     assert merged.cells == found.cells and merged.about == found.about
     with pytest.raises(ValueError, match="holds no results"):
-        load(tmp_path / "cells")
+        load([tmp_path / "cells"])
 
 
 def test_a_folder_takes_only_what_compares(tmp_path: Path) -> None:
     store = Store(example(tmp_path), IDENTITY)
-    assert store.has(Key(PROFILE, "stock", math.inf)) and not store.has(Key(PROFILE, "stock", 2.0))
-    assert not store.has(Key(PROFILE, "stock", 0.5, pool=64000))
-    with pytest.raises(Conflict, match=r"seed 0, not 1.*take another --out"):
+    assert store.has(Key(PROFILE, "stock", math.inf, 20)) and not store.has(Key(PROFILE, "stock", 2.0, 20))
+    assert not store.has(Key(PROFILE, "stock", 0.5, 20, pool=64000))
+    with pytest.raises(Conflict, match=r"seed 1 don't compare with those with 0 in .*take another --out"):
         Store(tmp_path, {**IDENTITY, "seed": 1})
+
+
+def test_runs_of_several_folders_are_one_report(tmp_path: Path) -> None:
+    first = stored(tmp_path / "a", cell("stock", 1.0, 5), cell("stock", 0.5, 20))
+    second = stored(tmp_path / "b", cell("snapkv", 1.0, 20), cell("stock", 1.0, 7))
+    results = load([first, second])
+    assert [(one.key.system, one.key.rate) for one in results.cells] == [
+        ("stock", 0.5), ("stock", 1.0), ("snapkv", 1.0),
+    ]  # fmt: skip
+    assert len(results.about["commands"]) == 2
+    summary = summarize(results)
+    assert [(one.base.good, one.other.good) for one in comparisons(summary, summary.groups[0])] == [(5, 20)]
+    other = Store(tmp_path / "c", {**IDENTITY, "ttft_goal": 2.0})
+    other.note("longreach loadtest run")
+    other.add(cell("snapkv", 0.5, 20))
+    with pytest.raises(Conflict, match=r"ttft_goal 2\.0 don't compare with those with 1\.0"):
+        load([first, tmp_path / "c"])
+
+
+def test_loads_of_different_numbers_of_requests_are_not_compared(tmp_path: Path) -> None:
+    other = cell("snapkv", 1.0, 20)
+    other.key = Key(PROFILE, "snapkv", 1.0, 21)
+    summary = summarize(load([stored(tmp_path, cell("stock", 1.0, 5), other)]))
+    assert comparisons(summary, summary.groups[0]) == []
 
 
 def test_what_waits_for_its_first_token_counts(tmp_path: Path) -> None:
@@ -92,7 +116,7 @@ def test_what_waits_for_its_first_token_counts(tmp_path: Path) -> None:
 
 
 def test_figures_and_who_keeps_up(tmp_path: Path) -> None:
-    summary = summarize(load(example(tmp_path)))
+    summary = summarize(load([example(tmp_path)]))
     assert summary.goals == Goals(1.0, 0.1) and summary.baseline == "stock"
     (group,) = summary.groups
     lines = main_table(group).split("\n")
@@ -104,7 +128,7 @@ def test_figures_and_who_keeps_up(tmp_path: Path) -> None:
 
 
 def test_the_crossover_is_where_goodput_differs_by_more_than_chance(tmp_path: Path) -> None:
-    summary = summarize(load(example(tmp_path)))
+    summary = summarize(load([example(tmp_path)]))
     found = comparisons(summary, summary.groups[0])
     assert [(one.other.rate, one.verdict) for one in found] == [
         (0.5, "no difference"), (1.0, "pays"), (math.inf, "pays"),
@@ -127,7 +151,7 @@ def test_the_crossover_is_where_goodput_differs_by_more_than_chance(tmp_path: Pa
 )  # fmt: skip
 def test_verdicts(tmp_path: Path, rate: float, stock: int, other: int, unfinished: int, verdict: str) -> None:
     folder = stored(tmp_path, cell("stock", rate, stock, unfinished), cell("snapkv", rate, other))
-    summary = summarize(load(folder))
+    summary = summarize(load([folder]))
     assert [one.verdict for one in comparisons(summary, summary.groups[0])] == [verdict]
 
 
@@ -135,7 +159,7 @@ def test_pools_are_compared_each_with_itself(tmp_path: Path) -> None:
     sizes = (64_000, 128_000)
     cells = [cell(name, 1.0, 20 if name == "snapkv" else size // 8000, pool=size)
              for size in sizes for name in ("stock", "snapkv")]  # fmt: skip
-    summary = summarize(load(stored(tmp_path, *cells)))
+    summary = summarize(load([stored(tmp_path, *cells)]))
     told = [[(one.base.pool, one.verdict) for one in comparisons(summary, group)] for group in summary.groups]
     assert told == [[(6400, "pays")], [(12800, "pays")]]
     assert summary.groups[0].title.endswith("pool of 6,400 tokens")
@@ -143,7 +167,7 @@ def test_pools_are_compared_each_with_itself(tmp_path: Path) -> None:
 
 def test_a_page_has_everything_and_needs_nothing_else(tmp_path: Path) -> None:
     folder = example(tmp_path)
-    told = write_report(folder)
+    told = write_report([folder])
     page = (folder / "report.html").read_text()
     assert "pays at 1 requests/s" in told and str(folder / "report.html") in told
     assert page.count("data:image/png;base64,") == 3  # crossover, by rate, over time
@@ -156,17 +180,17 @@ def test_a_page_has_everything_and_needs_nothing_else(tmp_path: Path) -> None:
 def test_the_one_json_file_alone_gives_the_same_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "available", lambda: False)  # drawing takes seconds
     folder, alone = example(tmp_path), tmp_path / "alone"
-    write_report(folder)
+    write_report([folder])
     page = (folder / "report.html").read_text()
     assert "There are no pictures" in page and "<img" not in page
     alone.mkdir()
     (alone / "results.json").write_text((folder / "results.json").read_text())
-    write_report(alone / "results.json")
+    write_report([alone / "results.json"])
     assert (alone / "report.html").read_text() == page
 
 
 def test_another_baseline_is_told_by_name(tmp_path: Path) -> None:
-    results = load(example(tmp_path))
+    results = load([example(tmp_path)])
     assert summarize(results, "snapkv").baseline == "snapkv"
     with pytest.raises(ValueError, match="there is stock, snapkv"):
         summarize(results, "nobody")
@@ -175,7 +199,7 @@ def test_another_baseline_is_told_by_name(tmp_path: Path) -> None:
 def test_one_system_alone_has_a_page_without_a_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "available", lambda: False)
     folder = stored(tmp_path, cell("stock", 1.0, 20))
-    write_report(folder)
+    write_report([folder])
     assert "Crossover" not in (folder / "report.html").read_text()
 
 
