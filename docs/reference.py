@@ -160,7 +160,8 @@ def _metrics() -> list[dict[str, str]]:
     kinds: list[tuple[str, Any]] = inspect.getmembers(metrics, inspect.isclass)
     for name, kind in kinds:
         if kind.__module__ == metrics.__name__ and name.endswith("Metrics"):
-            kind("", registry=registry)
+            blocks = {"blocks": 0} if "blocks" in inspect.signature(kind).parameters else {}
+            kind("", **blocks, registry=registry)
     return [
         {
             "name": f"{found._name}_total" if found._type == "counter" else found._name,
