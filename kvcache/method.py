@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -106,6 +107,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return "a whole number of tokens or a share of the prompt such as '25%'"
     if schema.get("type") == "array":
         return f"a list, each item {_allowed(schema['items'])}"
+    if "examples" in schema:
+        return f"{schema.get('type', 'anything')} such as {json.dumps(schema['examples'][0])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), " and ".join(bounds)]).strip()

@@ -7,13 +7,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.commands.parsers import epilog
+from server.config_file import read_config, split_config
 from server.decode_settings import add_decode_flags
+from server.early import check_folder
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.embedded_models import NAMED, SMOLLM2
 from server.errors import StartError, one_line
@@ -79,8 +80,8 @@ def parse(argv: list[str], platform: Platform, command: str = "serve") -> Namesp
         StartError: the config file can't be read, or flags contradict each other.
         SystemExit: an unknown flag or a value of the wrong type, by argparse; and after `--help`.
     """
-    argv = _split_config(argv)
-    _check_config(argv)
+    argv = split_config(argv)
+    read_config(argv)
     args: Namespace = make_parser(platform, command).parse_args(argv)
     args.model = args.model_tag or args.model
     args.subparser = "serve"  # some of vLLM's checks ask for it
@@ -106,38 +107,4 @@ def resolve_model(args: Namespace) -> None:
         if sized == [None, None] and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
             args.kv_cache_memory_bytes = EMBEDDED_CACHE_BYTES
         return
-    folder = Path(args.model)
-    if args.model.startswith(("/", "./", "../", "~")) and not folder.exists():
-        raise StartError(f"{args.model} doesn't exist: name a folder with a model, or a repository (OWNER/NAME)")
-    if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "params.json")):
-        raise StartError(f"{args.model} holds no model: there is no config.json in it")
-
-
-def _split_config(argv: list[str]) -> list[str]:
-    """`--config=FILE` in two words: vLLM's parser would take it in and never read the file."""
-    words = []
-    for word in argv:
-        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
-    return words
-
-
-def _check_config(argv: list[str]) -> None:
-    """Look at the config file before vLLM's parser does, which fails with a traceback.
-
-    Raises:
-        StartError: not one readable YAML file with settings.
-    """
-    places = [index for index, word in enumerate(argv) if word == "--config"]
-    if not places:
-        return
-    if len(places) > 1 or places[0] == len(argv) - 1:
-        raise StartError("--config takes one file and may be given once")
-    file = Path(argv[places[0] + 1])
-    if file.suffix not in (".yaml", ".yml"):
-        raise StartError(f"--config {file}: the name must end in .yaml or .yml")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StartError(f"--config {file}: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise StartError(f"--config {file}: must hold one setting a line, such as `kv-policy: snapkv`")
+    check_folder(args.model)

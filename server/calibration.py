@@ -34,7 +34,7 @@ def read_calibration(file: str | Path, model: CacheShape | None = None) -> dict[
         StartError: the file can't be read, lacks a tensor, or is of another model.
     """
     where = f"--decode-calibration {file}"
-    found = _load(where, file)
+    found = _load(where, file, "longreach calibrate")
     if missing := [name for name in (BASIS, *LAYERS) if name not in found]:
         raise StartError(f"{where}: lacks {', '.join(missing)}; write it anew with `longreach calibrate`")
     if problem := _problem(found, model):
@@ -73,7 +73,7 @@ def read_head_tables(file: str | Path, model: tuple[int, int] | None = None) -> 
         StartError: the file can't be read, lacks the table, or is of another model.
     """
     where = f"--prefill-calibration {file}"
-    found = _load(where, file)
+    found = _load(where, file, "longreach calibrate --prefill")
     if TABLE not in found:
         raise StartError(f"{where}: lacks {TABLE}; write it with `longreach calibrate --prefill`")
     table = found[TABLE]
@@ -90,7 +90,7 @@ def read_head_tables(file: str | Path, model: tuple[int, int] | None = None) -> 
     raise StartError(f"{where}: {problem}; measure this model with `longreach calibrate --prefill`")
 
 
-def _load(where: str, file: str | Path) -> dict[str, torch.Tensor]:
+def _load(where: str, file: str | Path, writer: str) -> dict[str, torch.Tensor]:
     """
     Raises:
         StartError: the file can't be read.
@@ -101,5 +101,5 @@ def _load(where: str, file: str | Path) -> dict[str, torch.Tensor]:
     try:
         found: dict[str, torch.Tensor] = load_file(Path(file).expanduser())
     except (OSError, SafetensorError) as error:
-        raise StartError(f"{where}: can't be read as safetensors: {one_line(error)}") from None
+        raise StartError(f"{where}: can't be read as safetensors: {one_line(error)}; `{writer}` writes it") from None
     return found

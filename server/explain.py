@@ -207,6 +207,7 @@ def explain(args: argparse.Namespace, flags: Sequence[str]) -> str:
     from server.policies import PolicyDesk
     from server.settings import default_policy
 
+    check()
     platform = detect()
     check(platform.name)
     serve = parse(list(flags), platform, command="explain")

@@ -22,8 +22,12 @@ def read_gates(file: str | Path) -> list[list[float]]:
         text = Path(file).read_text(encoding="utf-8").strip()
         rows: Any = json.loads(text) if text.startswith("[") else [line.split() for line in text.splitlines()]
         gates = [[float(number) for number in row] for row in rows]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
         raise StartError(f"--kv-head-gates {file}: {one_line(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StartError(
+            f"--kv-head-gates {file}: {one_line(error)}: it must hold a row of numbers a layer, or JSON [[...], ...]"
+        ) from error
     if not gates or not gates[0]:
         raise StartError(f"--kv-head-gates {file}: holds no numbers")
     for line, row in enumerate(gates, 1):

@@ -38,6 +38,7 @@ class Delta(Pattern):
         base: dict[str, Any] = Field(
             default_factory=lambda: {"pattern": "streaming"},
             description="The pattern that is corrected, in the words that a request would use for it.",
+            examples=[{"pattern": "streaming"}],
         )
         gamma: int = Field(64, ge=1, le=4096, description="Of so many rows, one is attended densely as well.")
 

@@ -31,6 +31,11 @@ def run(argv: list[str]) -> None:
     if argv:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with start_errors():
+            from kvcache.vllm_adapter.compat import check
+            from server.early import check_early
+
+            check_early(argv, "doctor")
+            check()
             findings = examine_model(argv)
     else:
         findings = examine()

@@ -22,7 +22,7 @@ def start_errors() -> Iterator[None]:
     from attention_plugins.decode.registry import selectors
     from attention_plugins.prefill.registry import patterns
     from kvcache.registry import policies
-    from kvcache.vllm_adapter.compat import IncompatibleVLLM, check
+    from kvcache.vllm_adapter.compat import IncompatibleVLLM
     from server.embedded import EmbeddedModelError
     from server.errors import StartError, one_line
 
@@ -33,7 +33,6 @@ def start_errors() -> Iterator[None]:
     except (ValueError, ImportError, AttributeError) as error:
         fail(f"a package with a KV-cache policy, a selector or a pattern can't be used: {one_line(error)}")
     try:
-        check()
         yield
     except (StartError, IncompatibleVLLM, EmbeddedModelError) as error:
         logging.getLogger("vllm").debug("why:", exc_info=True)

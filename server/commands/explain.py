@@ -54,7 +54,10 @@ def run(argv: list[str]) -> None:
         parser().parse_args(argv)
     with start_errors():
         args, flags = split(argv)
+        from server.early import check_early
         from server.explain import explain
+
+        check_early(flags, "explain")
 
         text = explain(args, flags)
     with reader_may_leave():

@@ -20,6 +20,10 @@ def run(argv: list[str]) -> None:
     from server.platforms import NO_DEVICE, detect, prepare
 
     with start_errors():
+        from server.early import check_early
+
+        check_early(argv)
+        check()
         platform = detect()
         check(platform.name)
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
