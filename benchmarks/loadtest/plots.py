@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.loadtest.profiles import Prompts, parse
 from benchmarks.loadtest.summary import Comparison, Group, Row, Summary, comparisons, first_tokens
 
 if TYPE_CHECKING:
@@ -161,18 +162,59 @@ def crossover(summary: Summary) -> Figure | None:
     return figure
 
 
+def full_load(summary: Summary) -> Figure | None:
+    """Times the baseline's finished requests a second when all come at once, by prompt and answer: a line a system, a
+    panel a pool. None with fewer than two lengths of prompts, or of answers."""
+    from matplotlib.figure import Figure
+
+    found = [
+        (profile, group.pool, one)
+        for group in summary.groups
+        if isinstance(profile := parse(group.profile), Prompts)
+        for one in comparisons(summary, group)
+        if math.isinf(one.other.rate)
+    ]
+    prompts = sorted({profile.prompt for profile, _, _ in found})
+    outputs = sorted({profile.output for profile, _, _ in found})
+    if len(prompts) < 2 and len(outputs) < 2:
+        return None
+    pools = sorted({pool or 0 for _, pool, _ in found})
+    systems = list(dict.fromkeys(one.other.system for _, _, one in found))
+    size = (2.4 + len(pools) * (0.9 + 0.95 * len(prompts)), 1.0 + len(systems) * (0.9 + 0.55 * len(outputs)))
+    figure = Figure(figsize=(max(6.5, size[0]), size[1]), layout="constrained")
+    panels = figure.subplots(len(systems), len(pools), sharex=True, sharey=True, squeeze=False)
+    for line, column in [(line, column) for line in range(len(systems)) for column in range(len(pools))]:
+        axes, system, pool = panels[line][column], systems[line], pools[column]
+        own = {
+            (outputs.index(profile.output), prompts.index(profile.prompt)): one
+            for profile, its, one in found
+            if one.other.system == system and (its or 0) == pool
+        }
+        _map(axes, own, len(outputs), len(prompts), upwards=True)
+        axes.set_xticks(range(len(prompts)), [f"{prompt:,}" for prompt in prompts])
+        axes.set_yticks(range(len(outputs)), [f"{output:,}" for output in outputs])
+        tokens = next((one.other.pool for one in own.values() if one.other.pool), None)
+        axes.set_title(f"{system}{f', pool of {tokens:,} tokens' if tokens else ''}", fontsize=10)
+        if line == len(systems) - 1:
+            axes.set_xlabel("prompt, tokens")
+        if column == 0:
+            axes.set_ylabel("answer, tokens")
+    figure.suptitle(f"requests a second at full load, times {summary.baseline}'s (blue: it pays)", fontsize=10)
+    return figure
+
+
 def _wrapped(title: str) -> str:
     return title.replace("; ", "\n")
 
 
-def _map(axes: Any, own: dict[tuple[int, int], Comparison], lines: int, columns: int) -> None:
+def _map(axes: Any, own: dict[tuple[int, int], Comparison], lines: int, columns: int, upwards: bool = False) -> None:
     import numpy as np
 
     powers = np.full((lines, columns), np.nan)
     for (y, x), one in own.items():
         ratio = one.ratio
         powers[y, x] = np.nan if ratio is None else SHOWN if math.isinf(ratio) else np.log2(max(ratio, 2**-SHOWN))
-    axes.imshow(powers, cmap="RdBu", vmin=-SHOWN, vmax=SHOWN, aspect="auto")
+    axes.imshow(powers, cmap="RdBu", vmin=-SHOWN, vmax=SHOWN, aspect="auto", origin="lower" if upwards else "upper")
     axes.set_facecolor("#eef0f3")
     for (y, x), one in own.items():
         colour = "white" if abs(powers[y, x]) > 0.6 * SHOWN else "black"
@@ -194,5 +236,5 @@ def _times(one: Comparison) -> str:
 
 def all_pictures(summary: Summary) -> Sequence[tuple[str, Figure]]:
     """Those that are files beside the page."""
-    figure = crossover(summary)
-    return [("crossover.png", figure)] if figure else []
+    made = [("crossover.png", crossover(summary)), ("full-load.png", full_load(summary))]
+    return [(name, figure) for name, figure in made if figure]

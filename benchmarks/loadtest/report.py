@@ -52,6 +52,8 @@ def sections(summary: Summary) -> Iterator[Section]:
             "deviations). At full load (all at once), finished requests a second are compared.",
             tuple(tables.sentences(summary)), figure=plots.crossover(summary) if pictures else None,
         )  # fmt: skip
+        if pictures and (figure := plots.full_load(summary)):
+            yield Section("At full load, by prompt and answer", figure=figure, level=3)
         yield Section("Every comparison", table=tables.crossover_table(summary), level=3)
     if any(not math.isinf(rate) for group in summary.groups for rate in group.rates):
         yield Section(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.loadtest import report
+from benchmarks.loadtest.plots import full_load
 from benchmarks.loadtest.records import DONE, UNFINISHED, Goals, Record
 from benchmarks.loadtest.report import write_report
 from benchmarks.loadtest.store import Cell, Conflict, Key, Store, load
@@ -187,6 +189,22 @@ def test_the_one_json_file_alone_gives_the_same_page(tmp_path: Path, monkeypatch
     (alone / "results.json").write_text((folder / "results.json").read_text())
     write_report([alone / "results.json"])
     assert (alone / "report.html").read_text() == page
+
+
+def test_full_loads_are_drawn_by_prompt_and_answer(tmp_path: Path) -> None:
+    shapes = [(prompt, output) for prompt in (100, 400) for output in (10, 20)]
+    cells = [cell(system, math.inf, 0, seconds=10 if system == "stock" else 10 * 100 / prompt)
+             for prompt, output in shapes for system in ("stock", "snapkv")]  # fmt: skip
+    for number, one in enumerate(cells):
+        prompt, output = shapes[number // 2]
+        one.key = replace(one.key, profile=f"prompts,output={output},prompt={prompt}")
+    figure = full_load(summarize(load([stored(tmp_path, *cells)])))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "400"]
+    texts = {text.get_position(): text.get_text().partition("\n")[0] for text in axes.texts}
+    assert texts == {(0, 0): "1×", (0, 1): "1×", (1, 0): "4×", (1, 1): "4×"}
+    assert full_load(summarize(load([example(tmp_path / "one")]))) is None
 
 
 def test_another_baseline_is_told_by_name(tmp_path: Path) -> None:
