@@ -33,6 +33,15 @@ IDLE = 60.0
 TRIAL_TOKENS = 8
 
 
+def fair_share(spare: float, loads: int, full: bool) -> float:
+    """Seconds that a load may go on after its arrivals, of those that are left beside arrivals for `loads` loads.
+
+    So one that is overloaded leaves something to the next. A full load has no arrivals, and how long it takes differs
+    much: half of what is left.
+    """
+    return max(LEAST, spare / 2 if full and loads > 1 else spare / loads)
+
+
 class Runner:
     """One run into a store. `not_begun` holds what there was no time for."""
 
@@ -99,10 +108,9 @@ class Runner:
                 if self.left < span + LEAST:
                     self.not_begun.append(key)
                     continue
-                # What is left beside arrivals is shared, so that one that is overloaded leaves something to the next.
                 spans = [self.span(other, its) for other, _, its in keys[place:] if self.left > self.span(other, its)]
-                spare = (self.left - sum(spans)) / (len(spans) + later * len(keys))
-                drain = min(self.settings.drain_of(profile, key.rate), max(LEAST, spare), self.left - span)
+                share = fair_share(self.left - sum(spans), len(spans) + later * len(keys), math.isinf(key.rate))
+                drain = min(self.settings.drain_of(profile, key.rate), share, self.left - span)
                 cell = await self._measure(endpoint, watcher, key, system, profile, drain)
                 cell.server, cell.usage = told, tried[system.name, profile.title]
                 self.store.add(cell)
