@@ -9,6 +9,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml  # type: ignore[import-untyped]
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 
 pytest.importorskip("vllm")
 
@@ -20,7 +21,10 @@ CHART = ROOT / "deploy/helm/longreach"
 VALUES = {file.stem: file for file in (ROOT / "deploy/helm/values").glob("*.yaml")} | {"default": CHART / "values.yaml"}
 VERSIONS = ("1.27", "1.37")
 """Of Kubernetes: the oldest that the chart allows, and the newest that there are schemas of."""
-CUSTOM = ("ServiceMonitor", "PrometheusRule")
+CUSTOM: dict[str, Any] = {
+    "ServiceMonitor": prometheus_operator.ServiceMonitor,
+    "PrometheusRule": prometheus_operator.PrometheusRule,
+}
 """Kinds of the Prometheus operator's, which Kubernetes has no schemas of."""
 
 Objects = dict[tuple[str, str], dict[str, Any]]
@@ -66,6 +70,15 @@ def test_kubernetes_takes_it(objects: Objects, version: str) -> None:
     for thing in objects.values():
         if thing["kind"] not in CUSTOM:
             kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_the_prometheus_operator_takes_its_own(helm: Any) -> None:
+    objects = rendered(helm, "--values", VALUES["replicas"])
+    for kind, model in CUSTOM.items():
+        thing = objects[kind, "up-longreach"]
+        read = model.model_validate(thing)
+        # What a model doesn't know, it leaves out.
+        assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == thing
 
 
 def test_its_schemas_would_refuse(objects: Objects) -> None:
