@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from kvcache.allocation import apportion
 from kvcache.evidence import HISTORY, POSITIONS, LayerEvidence, PagedEvidence, QuantScales, dequantise, quantise
+from kvcache.kept_positions import KeptPositions
 from kvcache.merging import Merger
 from kvcache.model import UNKNOWN, ModelFacts
 from kvcache.observers.base import Observer
@@ -199,8 +200,14 @@ class Compressor:
                 for layer, (tokens, places) in enumerate(each, begin):
                     self._merge(policy.merger, request.slot, layer, tokens, places, source)
             kept.append(chosen.unflatten(0, (-1, g.num_kv_heads)))
-        if plan.interval or self.keep_positions:
-            self._remember(request, kept, memory)
+        told = None
+        if plan.interval or self.keep_positions or order.bin_tokens:
+            stood = self._stood(request, kept, memory)
+            if plan.interval or self.keep_positions:
+                request.positions = stood
+            if order.bin_tokens:
+                lengths = to_device(request.counts * plan.page_size, stood.device)
+                told = KeptPositions.count(stood, lengths, order.bin_tokens)
         tail = plan.tail if first else 0
         report = CompactionReport(
             order.request_id,
@@ -210,6 +217,7 @@ class Compressor:
             blocks_freed=plan.freed_blocks if first else len(order.source_blocks),
             nan_scores=0,
             seconds=0.0,
+            positions=told,
         )
         request.boundary = order.boundary
         following = plan.next_boundary(order.boundary)
@@ -327,8 +335,8 @@ class Compressor:
             return F.pad(forced, (0, scores.shape[-1] - competing), value=float("-inf"))
         return torch.cat([self._forced(request, scores, source, i, i + 1) for i in range(begin, end)])
 
-    def _remember(self, request: _Request, kept: list[torch.Tensor], memory: torch.Tensor | None) -> None:
-        """Note of the kept tokens where they stood, and what the policy wants to know of them next time."""
+    def _stood(self, request: _Request, kept: list[torch.Tensor], memory: torch.Tensor | None) -> torch.Tensor:
+        """Where the kept tokens stood; takes note of what the policy wants to know of them next time."""
         plan = request.plan
         assert request.counts is not None
         most = max(part.shape[-1] for part in kept)
@@ -343,7 +351,7 @@ class Compressor:
             old = request.positions.gather(-1, chosen.clamp(max=request.positions.shape[-1] - 1))
             first = request.boundary // plan.page_size * plan.page_size
             chosen = torch.where(chosen < before, old, first + chosen - before)
-        request.positions = chosen
+        return chosen
 
     def _copy(
         self,

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from kvcache.kept_positions import KeptPositions
 from kvcache.plan import RetentionPlan
 from kvcache.stopwatch import Stopwatch
+from kvcache.tables import to_host
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,15 @@ class Compact:
 
     At the first, `source_blocks` are all blocks of the prompt, the partly filled last one too (its keys are evidence),
     and `target_blocks` are where the kept tokens go. Later, the sources are the full blocks appended since, and what is
-    kept stays in the same target blocks.
+    kept stays in the same target blocks. With `bin_tokens`, the report tells which positions are kept, by bins of so
+    many tokens.
     """
 
     request_id: str
     source_blocks: list[int]
     target_blocks: list[int]
     boundary: int
+    bin_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class CompactionReport:
         blocks_freed: blocks that the request holds less.
         nan_scores: scores that could not be computed.
         seconds: of the device's time.
+        positions: which were kept, the tail left out; where the order asks for it.
     """
 
     request_id: str
@@ -55,6 +60,7 @@ class CompactionReport:
     blocks_freed: int
     nan_scores: int
     seconds: float
+    positions: KeptPositions | None = None
 
     @property
     def tokens_kept(self) -> float:
@@ -68,8 +74,7 @@ class PendingReport:
     def __init__(self, report: CompactionReport, nan_scores: torch.Tensor, watch: Stopwatch) -> None:
         self._report, self._watch = report, watch
         # Copied now, in order with the work itself: reading it later would wait for all that is queued by then.
-        self._nan_scores = torch.empty_like(nan_scores, device="cpu", pin_memory=nan_scores.is_cuda)
-        self._nan_scores.copy_(nan_scores, non_blocking=True)
+        self._nan_scores = to_host(nan_scores)
         watch.stop()
 
     def finish(self) -> CompactionReport:

@@ -14,6 +14,7 @@ from kvcache.allocators.pyramid import PyramidLayers
 from kvcache.allocators.zigzag import ZigZagLayers
 from kvcache.allocators.zipvl import ZipVLLayers
 from kvcache.choosing import with_packages
+from kvcache.kept_positions import REPORT, wanted
 from kvcache.method import PolicyError as PolicyError
 from kvcache.method import explain
 from kvcache.policies.adakv import AdaKV
@@ -66,7 +67,7 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
     """Build the policy that a request or the command line asks for.
 
     Args:
-        words: `{"policy": name, **arguments}`, as in a request's `kv_cache` field.
+        words: `{"policy": name, **arguments}`, as in a request's `kv_cache` field; its `report` is checked and left.
 
     Returns:
         The policy, or None for `none`.
@@ -82,14 +83,15 @@ def make_policy(words: dict[str, Any]) -> Policy | None:
             raise PolicyError(f"kv_cache.{extra[0]}", "the policy 'none' takes no arguments.", "no further fields")
         return None
     policy = policy_class(words)
-    arguments = {k: v for k, v in words.items() if k not in ("policy", *PARTS)}
+    wanted(words)
+    arguments = {k: v for k, v in words.items() if k not in ("policy", REPORT, *PARTS)}
     always = policy.Args.model_json_schema()["properties"].get("interval", {}).get("minimum", 0) > 0
     if "interval" in policy.Args.model_fields and not always and not policy.repeats():
         arguments.setdefault("interval", 0)  # with other allocators a policy may lose what it does by default
     try:
         made = policy(policy.Args.model_validate(arguments))
     except ValidationError as error:
-        raise explain("kv_cache", policy.name, policy.Args, takes(policy), error) from None
+        raise explain("kv_cache", policy.name, policy.Args, [*takes(policy), REPORT], error) from None
     if interval := getattr(made.args, "interval", 0):
         if not policy.repeats():
             raise _compacts_no_answers(policy, always)

@@ -12,6 +12,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Send a tensor to the CPU without waiting, in order with the work that makes it."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+
+
 class PageTables:
     """The tables of all compacted requests, in tensors of fixed size and place, so that CUDA graphs may read them.
 

@@ -61,12 +61,15 @@ def kv_cache_usage(
     answer was compacted too, `compacted_tokens` (prompt and answer up to there) takes the prompt's place.
 
     Args:
-        report: of the last compaction.
+        report: of the last compaction. With its positions, `kept_positions` says which tokens stay, by layer.
     """
     seen = max(prompt_len, report.boundary) if report else prompt_len
     blocks = -(-seen // page_size)
     freed = report.boundary // page_size - plan.kept_pages if plan and report else 0
     layers = [tokens + seen - report.boundary for tokens in report.layer_tokens] if report else [float(prompt_len)]
+    where = {}
+    if report and report.positions:
+        where["kept_positions"] = report.positions.usage(report.boundary // page_size * page_size, seen)
     # Whole tables, such as head gates, would be most of the answer; whoever gave them has them.
     told = {name: value for name, value in words.items() if not isinstance(value, list)}
     return {
@@ -76,4 +79,5 @@ def kv_cache_usage(
         "kept_tokens": {"mean": sum(layers) / len(layers), "min": min(layers), "max": max(layers)},
         "bytes_held": (blocks - freed) * block_bytes,
         "bytes_freed": freed * block_bytes,
+        **where,
     }

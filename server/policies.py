@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
+from kvcache.kept_positions import REPORT
 from kvcache.method import ModelShape
 from kvcache.policies.base import Policy
 from kvcache.policies.duoattention import DuoAttention
@@ -129,7 +130,7 @@ class PolicyDesk:
                 f"{budget.tokens} is too small for {policy.name} with these arguments.",
                 f">= {least} tokens (sinks, recent window{and_suffix} and two pages of {self.page_size} tokens)",
             )
-        return policy_words(policy)
+        return {**policy_words(policy), **({REPORT: words[REPORT]} if REPORT in words else {})}
 
     def describe(self) -> dict[str, Any]:
         """The answer of `GET /v1/kv/policies`."""

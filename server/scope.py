@@ -43,7 +43,7 @@ def merge_kv(usages: list[dict[str, Any]]) -> dict[str, Any]:
     if len(usages) == 1:
         return usages[0]
     kept = [usage["kept_tokens"] for usage in usages]
-    merged = dict(usages[0])
+    merged = {name: value for name, value in usages[0].items() if name != "kept_positions"}  # one prompt's
     for name in {"prompt_tokens", "bytes_held", "bytes_freed"} & set(merged):
         merged[name] = sum(usage[name] for usage in usages)
     merged["kept_tokens"] = {

@@ -22,6 +22,7 @@ from attention_plugins.prefill.orders import PatternReport, StartPattern, aligne
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from attention_plugins.prefill.registry import make_pattern, pattern_words
 from attention_plugins.prefill.usage import PrefillTotals, prefill_usage
+from kvcache.kept_positions import bin_width, wanted
 from kvcache.orders import Compact, CompactionReport, Start
 from kvcache.plan import RetentionPlan
 from kvcache.policies.base import Policy
@@ -59,6 +60,7 @@ class _Compression:
     """Why the request isn't compressed although its policy would."""
     boundary: int = 0
     report: CompactionReport | None = None
+    tells_positions: bool = False
 
 
 class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -105,7 +107,8 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         if plan and (reason := self._too_large(request, plan)):
             logger.warning("request %s: %s", request.request_id, reason)
             plan = None
-        self.compressions[request.request_id] = _Compression(policy, plan, reason)
+        tells = bool(plan and words and wanted(words))
+        self.compressions[request.request_id] = _Compression(policy, plan, reason, tells_positions=tells)
         if plan:
             self.kv_blocks.set_plan(request.request_id, plan, request.num_prompt_tokens)
         words = (params.extra_args or {}).get(FIELD) if params else None
@@ -255,12 +258,14 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             orders.prepare.append(Prepare(request_id, read.selector, read.place, ids, first_block, context - 1))
 
     def _compact(self, request_id: str, compression: _Compression, boundary: int) -> Compact:
-        page_size = self.kv_blocks.block_size
+        page_size, bins = self.kv_blocks.block_size, 0
+        if compression.tells_positions:
+            bins = bin_width(max(self.requests[request_id].num_prompt_tokens, boundary))
         blocks = self.kv_blocks.req_to_blocks[request_id]
         blocks = blocks[compression.boundary // page_size : -(-boundary // page_size)]
         targets = [] if compression.boundary else self.kv_blocks.target_blocks[request_id]
         ids = [block.block_id for block in blocks], [block.block_id for block in targets]
-        return Compact(request_id, *ids, boundary)
+        return Compact(request_id, *ids, boundary, bins)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         for report in reports_of(model_runner_output):

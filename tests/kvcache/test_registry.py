@@ -73,6 +73,9 @@ MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "snpkv", "heads": "x"}, "kv_cache.policy", "unknown policy 'snpkv'", NAMES),
     ({"policy": "none", "layers": "uniform"}, "kv_cache.layers", "takes no arguments", "no further fields"),
     ({"policy": "none", "heads": "adakv"}, "kv_cache.heads", "takes no arguments", "no further fields"),
+    ({"policy": "none", "report": "positions"}, "kv_cache.report", "takes no arguments", "no further fields"),
+    ({"policy": "snapkv", "report": "heads"}, "kv_cache.report", "there is no such report: 'heads'", "'positions'"),
+    ({"policy": "snapkv", "report": None}, "kv_cache.report", "there is no such report: None", "'positions'"),
     ({"policy": "snapkv", "mass": 0.9}, "kv_cache.mass", "snapkv has no such argument", ARGUMENTS),
     ({"policy": "snapkv", "heads": "adakv", "mass": 0.9}, "kv_cache.mass", "no such argument", f"floor, {ARGUMENTS}"),
     ({"policy": "l2norm", "window": 8}, "kv_cache.window", "no such argument", f"{COMMON}, recent"),
@@ -104,7 +107,7 @@ def test_errors_name_the_field_and_what_is_allowed(
         make_policy(words)
     error = caught.value
     if "no such argument" in problem:
-        allowed += ", layers, heads"
+        allowed += ", layers, heads, report"
     assert error.field == field and problem in error.problem and error.allowed == allowed
     message = str(error)
     assert message.startswith(f"{field}: ") and message.endswith(f" Allowed: {allowed}.")
