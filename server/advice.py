@@ -87,6 +87,7 @@ ADVICE = {
     "--max-body-bytes": "Memory of a connection. Raise it for requests of many prompts.",
     "--max-header-bytes": "Memory of a connection. Lower it behind a proxy that has a limit of its own.",
     "--client-timeout": "Lower it where strangers connect, raise it for clients on very slow lines.",
+    "--no-console": "The page costs nothing until it is opened. For servers that show nothing but the API.",
 }
 
 

@@ -13,6 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.commands.parsers import epilog
 from server.config_file import read_config, split_config
+from server.console import add_console_flags
 from server.decode_settings import add_decode_flags
 from server.early import check_folder
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
@@ -67,6 +68,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_decode_flags(parser)
     add_prefill_flags(parser)
     add_limit_flags(parser)
+    add_console_flags(parser)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)

@@ -26,13 +26,23 @@ class Setting(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_setting(group: Any, flag: str, text: str, **more: Any) -> None:
+class Off(Setting):
+    """A flag without a value that turns off what is on without it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs=0, default=True, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, False)
+
+
+def add_setting(group: Any, flag: str, text: str, action: type[Setting] = Setting, **more: Any) -> None:
     """Add a flag of ours to a parser's group, its help with what it costs.
 
     Args:
         more: further arguments of `add_argument`, and `names` of `Setting`.
     """
-    group.add_argument(flag, action=Setting, help=advised(flag, text).replace("%", "%%"), **more)
+    group.add_argument(flag, action=action, help=advised(flag, text).replace("%", "%%"), **more)
 
 
 @dataclasses.dataclass(frozen=True)

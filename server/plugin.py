@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from server import console
 from server.bodies import BodyMiddleware
 from server.draining import Door, DrainingMiddleware
 from server.limits import make_limits
@@ -64,6 +65,8 @@ class LongreachPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        if app.state.args.console:
+            app.include_router(console.router)
         # Added before vLLM's own, so they run inside them: authentication comes first. The last of ours runs first.
         app.add_middleware(FieldsMiddleware)
         app.add_middleware(DrainingMiddleware)

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
-from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, init_endpoint_plugins_state
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from attention_plugins.decode.registry import selectors
 from kvcache.registry import policies
-from server.app import allow_plugin
-from server.draining import Door
 from server.plugin import LongreachPlugin, create_plugin
-from server.policies import PolicyDesk
 from server.scope import current_scope
-from tests.server.asgi import USAGE, desks
+from tests.server.asgi import USAGE
+from tests.server.vllm_app import DESK, DESKS, ENGINE, application
 
-DESK = PolicyDesk({"policy": "random", "budget": "25%"}, 32)
-DESKS = desks(DESK, default={"selector": "recycled"})
-ENGINE = SimpleNamespace(desks=DESKS, door=Door(), errored=False, model_config=SimpleNamespace(max_model_len=512))
 Client = Callable[..., TestClient]
-
-
-class Models:
-    async def show_available_models(self) -> ModelList:
-        return ModelList(data=[ModelCard(id="tiny", max_model_len=512), ModelCard(id="lora", parent="tiny")])
 
 
 async def echo(request: Request) -> Any:
@@ -61,20 +48,11 @@ async def stamp(request: Request, call_next: Any) -> Any:
 @pytest.fixture
 def client(parse: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """vLLM's application for these flags, with `/v1/echo` added."""
-    import asyncio
-
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    allow_plugin()
     open_clients: list[TestClient] = []
 
     def build(*argv: str) -> TestClient:
-        args = parse("m", *argv)
-        app: FastAPI = build_app(args, ("generate",))
+        app = application(parse("m", *argv), monkeypatch)
         app.add_api_route("/v1/echo", echo, methods=["POST"])
-        app.state.openai_serving_models = Models()
-        app.state.log_stats = False
-        app.state.engine_client = ENGINE
-        asyncio.run(init_endpoint_plugins_state(ENGINE, app.state, args))
         open_clients.append(TestClient(app))
         return open_clients[-1]
 
