@@ -29,7 +29,7 @@ async function connect() {
     pattern.offer(patterns, patterns.default.pattern);
     selector.offer(selectors, selectors.default.selector);
     const more = selectors.data.length - by("selector").length;
-    by("selector-hint").textContent = more && selectors.available ? `${more} more can be enabled: longreach serve --decode-selectors NAME …` : "";
+    by("selector-hint").textContent = more && selectors.available ? `${more} more with --decode-selectors.` : "";
     showBudget();
     const length = models.data[0].max_model_len;
     by("server").textContent = `${models.data[0].id}, ${whole(length)} tokens at most`;
