@@ -19,7 +19,7 @@ from benchmarks.serving import Server
 from server import arguments
 from server.embedded import ensure_embedded_model
 from server.platforms import Platform
-from tests.e2e.browser import Watched, accessibility, open_browser
+from tests.e2e.browser import Watched, accessibility, chromium, open_browser
 from tests.server.vllm_app import application
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
@@ -214,8 +214,6 @@ def test_the_keyboard_is_enough(watched: Watched, server: Server) -> None:
     expect(page.locator("#kept-summary")).to_contain_text("each head keeps")
     assert page.evaluate("document.activeElement.id") == "send"
     assert "dense answers after" in watched.text("#status")
-    page.keyboard.press("Shift+Tab")
-    watched.press("Shift+Tab", "Tab", "Enter")  # the dense choice stays, Enter sends from no select
     watched.tab_to("layer")
     watched.press("ArrowRight")
     assert watched.text("#cell b").startswith("layer 0")
@@ -293,6 +291,12 @@ def test_a_server_that_is_gone_is_told_in_words(watched: Watched, server: Server
 def test_only_enabled_selectors_are_offered(watched: Watched, server: Server) -> None:
     ready(watched.page, server.url)
     assert watched.page.locator("#selector option").all_inner_texts() == ["dense", "recycled", "tidal", "quest"]
+
+
+def test_without_chromium_tests_fail_and_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.fail.Exception, match=r"apt-get install chromium.*make test ARGS='-m \"not browser\"'"):
+        chromium()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ export class Answer {
    */
   async run(body, signal) {
     const began = performance.now();
+    this.begun = true;
     const clock = setInterval(() => this.say(`waiting, ${((performance.now() - began) / 1000).toFixed(1)} s`), 100);
     this.node.setAttribute("aria-busy", "true");
     try {
@@ -63,6 +64,11 @@ export class Answer {
     const cut = this.ended === "length" ? ", cut at the limit" : "";
     this.say(`${tokens} tokens in ${seconds(total)}${cut}`);
     this.node.dataset.done = "";
+  }
+
+  /** The other side has failed: one that hasn't begun won't. */
+  giveUp() {
+    if (!this.begun) this.say("not asked");
   }
 
   fail(error) {

@@ -30,18 +30,22 @@ export async function* events(path, body, signal) {
   const answer = await call(path, posted(body, signal));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read().catch(broken("The connection broke while the answer came."));
-    const blocks = (rest + (value ?? "")).split("\n\n");
-    rest = done ? "" : blocks.pop();
-    for (const block of blocks) {
-      const data = block.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n").trim();
-      if (!data || data === "[DONE]") continue;
-      const event = JSON.parse(data);
-      if (event.error) throw wording(event, event.error.code ?? 500);
-      yield event;
+  try {
+    for (let done = false; !done; ) {
+      const part = await reader.read().catch(broken("The connection broke while the answer came."));
+      done = part.done;
+      const lines = (rest + (part.value ?? "")).split("\n"); // vLLM's events are a line each
+      rest = done ? "" : lines.pop();
+      for (const line of lines) {
+        const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+        if (!data || data === "[DONE]") continue;
+        const event = JSON.parse(data);
+        if (event.error) throw wording(event, event.error.code ?? 500);
+        yield event;
+      }
     }
-    if (done) return;
+  } finally {
+    reader.cancel().catch(() => {}); // what came before an error is enough
   }
 }
 

@@ -64,14 +64,12 @@ export class Conversation {
       if (dense === "after") await first;
       await Promise.all([first, ...(dense !== "no" ? [run("dense")] : [])]);
     } catch (error) {
-      if (!answers.chosen.text) {
-        node.remove();
-        by("empty").hidden = this.turns.length > 0;
-        throw error;
-      }
-      this.turns.push({ asked: this.asking(question), answers });
+      answers.dense?.giveUp();
       throw error;
+    } finally {
+      if (answers.chosen.text) this.turns.push({ asked: this.asking(question), answers });
+      else node.remove();
+      by("empty").hidden = this.turns.length > 0;
     }
-    this.turns.push({ asked: this.asking(question), answers });
   }
 }

@@ -159,6 +159,7 @@ by("ask").addEventListener("submit", async (event) => {
     if (error.name === "AbortError") announce("Stopped.");
     else tell(error);
   } finally {
+    running.abort(); // the other side, where one has failed
     running = null;
     busy(false);
   }
