@@ -106,7 +106,7 @@ def _values(action: argparse.Action) -> str:
 def _default(action: argparse.Action) -> str:
     if action.required or (not action.option_strings and action.nargs != "?"):
         return "needed"
-    return "" if action.default in (None, False, argparse.SUPPRESS) else f"`{action.default}`"
+    return "" if action.default in (None, True, False, argparse.SUPPRESS) else f"`{action.default}`"
 
 
 def _arguments(family: FieldFlags, takers: list[Taker]) -> list[dict[str, str]]:

@@ -63,4 +63,4 @@ def add_console_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "Console", "The page /console: chat with a long document beside the dense answer."
     )
-    add_setting(group, "--no-console", "Don't serve it.", Off, dest="console")
+    add_setting(group, "--no-console", "Don't serve the page.", Off, dest="console")
