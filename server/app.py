@@ -151,9 +151,9 @@ def _listen(args: Namespace) -> tuple[str, Any]:
     """
     try:
         return setup_server(args, reuse_port=False)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         where = f"--uds {args.uds}" if args.uds else f"--host {args.host} --port {args.port}"
-        raise StartError(f"can't listen: {where}: {error.strerror or error}") from error
+        raise StartError(f"can't listen: {where}: {getattr(error, 'strerror', None) or error}") from error
     except KeyError as error:
         raise StartError(one_line(error)) from error
 

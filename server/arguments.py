@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.commands.parsers import epilog
@@ -89,7 +90,7 @@ def parse(argv: list[str], platform: Platform, command: str = "serve") -> Namesp
     args.subparser = "serve"  # some of vLLM's checks ask for it
     try:
         validate_parsed_serve_args(args)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, VLLMValidationError) as error:
         raise StartError(one_line(error)) from error
     return args
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +68,17 @@ class Desks:
         """Every field's words: the request's, or the server's own."""
         return {desk.field: words.get(desk.field, desk.default) for desk in self}
 
+    def refuse_misspelt(self, content: Mapping[str, Any]) -> None:
+        """vLLM takes no notice of fields that it doesn't know, so `kvcache` would be answered without a policy.
+
+        Raises:
+            PolicyError: a field is nearly one of ours.
+        """
+        ours = {_plain(field): field for field in self.fields}
+        for name in content:
+            if name not in self.fields and (near := difflib.get_close_matches(_plain(name), ours, n=1, cutoff=0.85)):
+                raise PolicyError(name, f"no field of a request; did you mean {ours[near[0]]}?", ", ".join(self.fields))
+
     def take(self, content: dict[str, Any]) -> dict[str, Words]:
         """Remove the fields from a request, in place, and return the checked ones.
 
@@ -92,6 +104,10 @@ class Desks:
                 "compresses (a field left out is the server's default).",
                 f"{companions()}; or any selector with {self.policies.field}.policy {NONE}",
             )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _take_field(content: dict[str, Any], desk: Desk) -> Words | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ValidationError
 
 
@@ -9,10 +11,16 @@ class StartError(RuntimeError):
     """The server can't start as asked; the message is one line and says what to change."""
 
 
+def _part(part: Any) -> str:
+    where = ".".join(str(name) for name in part["loc"])
+    text = str(part["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error of vLLM's or a library's, without its line breaks and pydantic's frame."""
     if isinstance(error, ValidationError):
-        text = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors(include_url=False))
+        text = "; ".join(dict.fromkeys(map(_part, error.errors(include_url=False))))
     elif isinstance(error, KeyError) and error.args:  # str() of it is quoted
         text = str(error.args[0])
     else:

@@ -31,11 +31,13 @@ class FieldsMiddleware:
         request = RequestScope()
         editor: Send = _AnswerEditor(request, send)
         desks: Desks = scope["app"].state.longreach_desks
-        if content := _object_with(scope.get(CONTENT), *desks.fields, BEAM):
-            try:
-                request.words = desks.take(content)
-            except PolicyError as error:
-                return await refuse(400, str(error), error.field)(scope, receive, send)
+        content = _object_with(scope.get(CONTENT), *desks.fields, BEAM)
+        try:
+            desks.refuse_misspelt(_object(scope.get(CONTENT)))
+            request.words = desks.take(content) if content else {}
+        except PolicyError as error:
+            return await refuse(400, str(error), error.field)(scope, receive, send)
+        if content:
             body = json.dumps(content).encode()
             scope = {**scope, "headers": _with_length(scope, len(body))}
             await receive()  # what it stands for
@@ -47,6 +49,10 @@ class FieldsMiddleware:
             await self.app(scope, receive, editor)
         finally:
             current_scope.reset(token)
+
+
+def _object(content: Any) -> dict[str, Any]:
+    return content if isinstance(content, dict) else {}
 
 
 def _object_with(content: Any, *names: str) -> dict[str, Any] | None:

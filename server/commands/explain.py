@@ -44,6 +44,8 @@ def split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args, flags = own.parse_known_args(argv)
     if args.output and args.output.suffix not in (".png", ".html"):
         raise StartError(f"--output {args.output}: the name must end in .png or .html")
+    if args.output and not args.output.parent.is_dir():
+        raise StartError(f"--output {args.output}: there is no folder {args.output.parent}")
     return args, flags
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from server.commands.ending import fail
 from server.commands.parsers import command_parser
@@ -30,6 +31,9 @@ def run(argv: list[str]) -> None:
     args = own.parse_args(argv)
     if args.sinks < 0 or args.recent < 0 or args.window < 1:
         own.error("--sinks and --recent can't be negative, --window is at least 1")
+
+    if not Path(args.output).parent.is_dir():
+        fail(f"--output {args.output}: there is no folder {Path(args.output).parent}")
 
     from server.embedded import EmbeddedModelError, ensure_embedded_model
     from server.errors import StartError, one_line

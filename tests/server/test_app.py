@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 
 from server import app
 from server.app import allow_plugin, serve
@@ -182,6 +183,8 @@ def test_an_address_in_use_is_told_before_the_engine_starts(
     left.touch()
     with pytest.raises(StartError, match=f"can't listen: --uds {left}: Address already in use"):
         asyncio.run(serve(parse("m", "--uds", str(left)), DESK.default, CPU))
+    with pytest.raises(StartError, match=r"can't listen: .* --port 99999: .* 0-65535"):
+        asyncio.run(serve(parse("m", "--port", "99999"), DESK.default, CPU))
     with pytest.raises(StartError, match="invalid tool call parser: nonsense"):
         args = parse("m", "--enable-auto-tool-choice", "--tool-call-parser", "nonsense")
         asyncio.run(serve(args, DESK.default, CPU))
@@ -338,6 +341,16 @@ def test_without_our_entry_point_nothing_is_served(monkeypatch: pytest.MonkeyPat
         allow_plugin()
 
 
+def _wrong_twice() -> ValidationError:
+    class Config(BaseModel):
+        page_size: int = Field(ge=1)
+        name: str
+
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({"page_size": 0})
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -345,6 +358,7 @@ def test_without_our_entry_point_nothing_is_served(monkeypatch: pytest.MonkeyPat
         (KeyError("no 'such' parser"), "no 'such' parser"),
         (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
         (ZeroDivisionError(), "ZeroDivisionError"),
+        (_wrong_twice(), "page_size: Input should be greater than or equal to 1; name: Field required"),
     ],
 )
 def test_messages_are_one_line(error: Exception, text: str) -> None:

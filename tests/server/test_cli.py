@@ -181,6 +181,7 @@ def test_a_named_embedded_model(parse: Parse, monkeypatch: pytest.MonkeyPatch, t
         (("--config",), ("--config takes one file",)),
         (("--kv-buget", "25%"), ("--kv-buget (did you mean --kv-budget?)",)),
         (("--port", "many"), ("argument --port", "'many'")),
+        (("--chat-template", "./none.jinja"), ("none.jinja", "doesn't exist")),
     ],
 )
 def test_mistakes_are_told_before_anything_is_unpacked(

@@ -69,6 +69,30 @@ def test_other_bodies_pass_byte_by_byte(body: bytes) -> None:
     assert length_seen(handler) == len(body)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("kvcache", "kv_cache"), ("kv-cache", "kv_cache"), ("KV_Cache", "kv_cache"), ("kv_cahe", "kv_cache"),
+     ("decodeAttention", "decode_attention"), ("prefil_attention", "prefill_attention")],
+)  # fmt: skip
+def test_misspelt_fields_are_refused(name: str, meant: str) -> None:
+    """vLLM would answer without a policy."""
+    handler = Handler()
+    sent = post(handler, {"prompt": "x", name: POLICY})
+    assert sent[0]["status"] == 400 and handler.seen == []
+    error = json.loads(sent_body(sent))["error"]
+    assert error["param"] == name and f"did you mean {meant}?" in error["message"]
+
+
+def test_vllms_own_fields_are_not_taken_for_misspelt_ones() -> None:
+    """Of all that OpenAI's and vLLM's requests have."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        desks().refuse_misspelt(dict.fromkeys(kind.model_fields))
+
+
 def test_text_survives_the_rewriting() -> None:
     text = "naïve 東京 🎉 \\ud83d \u2028 \x00"
     handler = Handler()
