@@ -101,10 +101,16 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
 
 def read_texts(files: Sequence[str]) -> list[str]:
     """Raises StartError: one can't be read."""
+    return [_text(file) for file in files]
+
+
+def _text(file: str) -> str:
     try:
-        return [Path(file).read_text(encoding="utf-8") for file in files]
-    except (OSError, ValueError) as error:
-        raise StartError(one_line(error)) from error
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StartError(f"the prompt {file} can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise StartError(f"the prompt {file} is no UTF-8 text") from error
 
 
 def output_file(output: str) -> Path:

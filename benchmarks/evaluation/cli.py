@@ -106,6 +106,17 @@ def method(text: str, name: str) -> dict[str, Any]:
     return {name: parsed.name, **({} if parsed.budget is None else {"budget": parsed.budget}), **parsed.args}
 
 
+def _numbers(flag: str, text: str) -> list[int]:
+    """
+    Raises:
+        ValueError: they aren't.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text}: must be whole numbers with commas between, such as 1024,2048") from None
+
+
 def settings(args: argparse.Namespace) -> Sweep:
     """The sweep's file with the flags on top.
 
@@ -113,19 +124,21 @@ def settings(args: argparse.Namespace) -> Sweep:
         SweepError: something in them is wrong.
     """
     content = load(args.sweep) if args.sweep else {}
+    if not (args.suites or args.sweep):
+        raise SweepError(f"nothing to measure: name suites (--suites {next(iter(SUITES))} ...), or a SWEEP.yaml")
     if args.suites:
         there = content.get("suites", {})
         content["suites"] = {name: there.get(name, {}) for name in args.suites}
     try:
         for suite in (content.get("suites") or {}).values():
             if args.lengths and "folder" not in suite:
-                suite["lengths"] = [int(length) for length in args.lengths.split(",")]
+                suite["lengths"] = _numbers("--lengths", args.lengths)
             if args.samples:
                 suite["samples"] = args.samples
         if args.tasks:
             content["suites"]["ruler"]["tasks"] = args.tasks
         if args.seeds:
-            content["seeds"] = [int(seed) for seed in args.seeds.split(",")]
+            content["seeds"] = _numbers("--seeds", args.seeds)
         for plural, name in (("policies", "policy"), ("selectors", "selector"), ("patterns", "pattern")):
             if getattr(args, plural) is not None:
                 content[plural] = [method(text, name) for text in getattr(args, plural)]

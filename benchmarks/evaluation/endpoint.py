@@ -70,11 +70,13 @@ class Endpoint:
 
     def _card(self, model: str | None) -> dict[str, Any]:
         cards = (self.get("/v1/models") or {}).get("data") or []
+        if not cards:
+            raise LookupError(f"{self.root}/v1/models lists no models: is a server there, and is the key right?")
         for card in cards:
             if model is None or card["id"] == model:
                 return dict(card)
-        there = ", ".join(card["id"] for card in cards) or "no models"
-        raise LookupError(f"{self.root}/v1/models: no model {model or ''}; there is {there}")
+        there = ", ".join(card["id"] for card in cards)
+        raise LookupError(f"{self.root}/v1/models: no model {model}; there is {there}")
 
     @property
     def version(self) -> str | None:

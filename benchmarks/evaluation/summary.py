@@ -171,13 +171,27 @@ def of_folders(folders: Sequence[Path]) -> Summary:
     return summarise(runs, rows.values())
 
 
+def _summary(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it isn't one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict) or not {"runs", "variants", "cells", "failures"} <= content.keys():
+        raise ValueError(f"{path} is no summary.json of `longreach eval report`")
+    return content
+
+
 def of_files(paths: Sequence[Path]) -> Summary:
     """Summaries as they were written, put together; what two of them hold is taken from the first.
 
     Raises:
         ValueError: they don't go together.
     """
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    parts = [_summary(path) for path in paths]
     merged = summarise([{**run, "variants": part["variants"]} for part in parts for run in part["runs"]], [])
     cells: dict[tuple[str, str, str, int], Cell] = {}
     for entry in (entry for part in parts for entry in part["cells"]):

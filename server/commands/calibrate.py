@@ -39,6 +39,7 @@ def run(argv: list[str]) -> None:
         own.error("--prefill takes one text")
 
     from server.calibrate import calibrate
+    from server.early import check_folder
     from server.embedded import EmbeddedModelError, ensure_embedded_model
     from server.errors import StartError, one_line
     from server.head_tables import calibrate_heads, summary
@@ -46,6 +47,8 @@ def run(argv: list[str]) -> None:
 
     try:
         texts = read_texts(args.prompts)
+        if args.model:
+            check_folder(args.model)
         model = args.model or str(ensure_embedded_model())
         if args.prefill:
             told = summary(calibrate_heads(model, texts[0], args.output, args.density, bar=args.progress))

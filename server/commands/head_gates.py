@@ -35,6 +35,7 @@ def run(argv: list[str]) -> None:
     if not Path(args.output).parent.is_dir():
         fail(f"--output {args.output}: there is no folder {Path(args.output).parent}")
 
+    from server.early import check_folder
     from server.embedded import EmbeddedModelError, ensure_embedded_model
     from server.errors import StartError, one_line
     from server.gates import write_gates
@@ -43,6 +44,8 @@ def run(argv: list[str]) -> None:
 
     try:
         texts = read_texts(args.prompts)
+        if args.model:
+            check_folder(args.model)
         model = args.model or str(ensure_embedded_model())
         reach = Reach(args.sinks, args.recent, args.window)
         write_gates(args.output, gates_of_texts(model, texts, reach, bar=args.progress))

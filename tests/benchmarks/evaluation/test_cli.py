@@ -101,13 +101,15 @@ def test_stock_servers_are_asked_without_our_fields(known: Fake, tmp_path: Path)
     [
         (["--suites", "needle"], "needle: lengths: Field required"),
         (["--suites", "needle", "--lengths", "9000"], "needle: length 9000 doesn't fit the model's 4096 tokens"),
-        (["--suites", "needle", "--lengths", "1k"], "invalid literal"),
+        (["--suites", "needle", "--lengths", "1k"], "--lengths 1k: must be whole numbers with commas"),
         (["--suites", "ruler", "--lengths", "900", "--tasks", "vtt"], "ruler: tasks.0"),
         (["--suites", "needle", "--lengths", "900", "--model", "other"], "no model other; there is tiny"),
         (["--suites", "needle", "--lengths", "900", "--haystack", "/nowhere"], "haystack: "),
         (["--suites", "needle", "--lengths", "900", "--timeout", "5"], "timeout: "),
         (["/nowhere.yaml"], "No such file"),
-        ([], "suites: Field required"),
+        (["--suites", "needle", "--lengths", "900", "--seeds", "a"], "--seeds a: must be whole numbers"),
+        (["--suites", "needle", "--lengths", "900", "--url", "http://127.0.0.1:9"], "no models: is a server there"),
+        ([], "nothing to measure: name suites (--suites ruler ...), or a SWEEP.yaml"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -117,6 +119,17 @@ def test_wrong_arguments_are_one_line(
         longreach(["eval", "run", "--out", str(tmp_path / "o"), "--url", known.url, *flags])
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and message in lines[-1] and lines[-1].startswith("longreach eval: ")
+
+
+def test_pages_are_written_from_summaries_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.json"
+    for text, message in (
+        ('{"a": 1}', "is no summary.json of `longreach eval report`"),
+        ("{", "other.json: Expecting"),
+    ):
+        other.write_text(text)
+        assert cli.main(["docs", str(other)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_flags_of_a_server_go_with_a_server_that_is_started(known: Fake, tmp_path: Path) -> None:
