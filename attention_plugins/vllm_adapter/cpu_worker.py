@@ -14,6 +14,7 @@ from attention_plugins import naive
 from attention_plugins.decode.base import ReadPages
 from attention_plugins.naive.paged_attention import read_pages
 from attention_plugins.vllm_adapter import cpu_backend
+from attention_plugins.vllm_adapter.cpu_lora import keep_adapters_apart
 from attention_plugins.vllm_adapter.pages import probe_codec
 from attention_plugins.vllm_adapter.prefilling import Executor, NaiveExecutor
 from attention_plugins.vllm_adapter.worker import CompressionWorker
@@ -34,6 +35,10 @@ class _Discarded(torch.Generator):
 
 
 class CPUCompressionWorker(CompressionWorker, CPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        keep_adapters_apart(self.model_runner)
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM's, which dies of a request with a `seed` whose prompt comes in chunks: it turns the generator back by
         an offset, and generators of the CPU have none. Such rows get another one; their own stays where it is."""

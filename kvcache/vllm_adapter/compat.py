@@ -68,6 +68,12 @@ PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm._custom_ops", "cpu_attention_with_kv_cache", ("block_table", "seq_lens", "scheduler_metadata")),
     ("vllm._custom_ops", "cpu_attn_get_scheduler_metadata", ("num_kv_heads", "seq_lens", "isa")),
     ("vllm._custom_ops", "cpu_attn_reshape_and_cache", ("key_cache", "slot_mapping", "isa")),
+    # attention_plugins.vllm_adapter.cpu_lora; the runner's `lora_manager`, too
+    ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU._shrink_prefill", ("y", "x", "w_t_all", "scale")),
+    ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU._shrink_decode", ("y", "x", "w_t_all", "scale")),
+    ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_embedding", ("y", "x")),
+    ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_logits", ("y", "x")),
+    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ()),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.initialize_from_config", ()),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", ("scheduler_output",)),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),  # its runner's generators, too

@@ -62,7 +62,8 @@ def run(
             **params,
         })  # fmt: skip
         names.append(f"feature-{index}")
-        engine.llm.llm_engine.add_request(names[-1], {"prompt_token_ids": prompt}, sampling, lora_request=lora, **more)
+        own = more.pop("lora", lora)
+        engine.llm.llm_engine.add_request(names[-1], {"prompt_token_ids": prompt}, sampling, lora_request=own, **more)
     done, order = {}, []
     while engine.llm.llm_engine.has_unfinished_requests():
         for output in engine.llm.llm_engine.step():
@@ -91,6 +92,19 @@ def test_lora(engine: Engine, adapter: Path) -> None:
     assert tokens([plain]) != tokens([adapted]) != tokens([dense])
     assert tokens([whole]) == tokens([dense])
     assert adapted.kv_transfer_params["kv_cache"]["usage"]["kept_tokens"]["mean"] == 138
+
+
+def test_an_adapter_is_for_its_own_requests(engine: Engine, adapter: Path) -> None:
+    """vLLM's CPU operators give the last adapter to all rows of its batch that have none."""
+    from vllm.lora.request import LoRARequest
+
+    lora, prompts = LoRARequest("a", 1, str(adapter)), [prompt_of(300 + i, i) for i in range(3)]
+    words: list[dict[str, Any]] = [{"words": None}, {}, {"words": None, "lora": lora}]
+    alone = [run(engine, [(prompt, {**more})])[0][0] for prompt, more in zip(prompts, words, strict=True)]
+    together, _ = run(engine, [(prompt, {**more}) for prompt, more in zip(prompts, words, strict=True)])
+    assert tokens(together) == tokens(alone)
+    (other,), _ = run(engine, [(prompts[2], {"words": None})])
+    assert tokens([other]) != tokens([alone[2]]), "the adapter changes nothing: the test tests nothing"
 
 
 def test_logprobs(engine: Engine) -> None:
