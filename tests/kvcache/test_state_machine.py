@@ -29,6 +29,8 @@ from tests.kvcache.scheduler_world import World
 from tests.tiny_model import write_tiny_model
 
 LONGEST, MOST = 448, 6
+LEAST = 400
+"""Steps of an example."""
 POLICIES: list[dict[str, Any]] = [
     {},
     {},
@@ -159,6 +161,13 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world") and not self.world.broken:
+            choose = Random(self.world.steps)
+            while self.world.steps < LEAST:
+                if choose.random() < 0.05:
+                    self._admit(
+                        choose, choose.randrange(2), choose.randrange(0, 200, 7), choose.choice((1, 20, 60)), 200
+                    )
+                self.world.step()
             self.world.finish()
             type(self).done += self.world.steps
             type(self).seen.update(self.world.seen)
@@ -176,7 +185,7 @@ def run(case: str, config: Any, steps: int) -> type[Machine]:
     """The machine, after about so many steps."""
     machine = type(case, (Machine,), {**CASES[case], "config": config, "seen": Counter()})
     profile = settings(
-        max_examples=steps // 330 + 12, stateful_step_count=60, derandomize=True, deadline=None, database=None,
+        max_examples=-(-steps // LEAST), stateful_step_count=60, derandomize=True, deadline=None, database=None,
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck), print_blob=False, report_multiple_bugs=False,
     )  # fmt: skip
     run_state_machine_as_test(machine, settings=profile)
@@ -264,7 +273,7 @@ def test_the_machine_finds_faults(
     """Each of these, put into the code, is found within a few thousand steps."""
     monkeypatch.setattr(owner, name, fault)
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)) as found:
-        run("synchronous", config, 4000)
+        run("synchronous", config, 12_000)
     print(f"{fault.__name__}: {type(found.value).__name__}: {str(found.value)[:200]}")
 
 
