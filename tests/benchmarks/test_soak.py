@@ -126,7 +126,8 @@ def test_what_is_wrong_is_told() -> None:
     tie = {"whole": {"asked": 2, "same": 1, "different": [{"token": 1, "margin": 0.01, "noise": 0.01}]}}
     other = {"whole": {"asked": 2, "same": 1, "different": [{"token": 1, "margin": 0.01, "noise": 0.2}]}}
     cases: list[tuple[dict[str, Any], dict[str, bool], int]] = [
-        (result(), {"memory": True, "canaries": True}, 0), (result(failures=["x"]), {"memory": False, "canaries": False}, 1),
+        (result(), {"memory": True, "canaries": True}, 0),
+        (result(failures=["x"]), {"memory": False, "canaries": False}, 1),
         (result(memory=grown), {"memory": True, "canaries": True}, 1),
         (result(memory=grown), {"memory": False, "canaries": True}, 0),
         (result(canaries=tie), {"memory": True, "canaries": True}, 1),
