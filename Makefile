@@ -30,7 +30,7 @@ REQUIREMENTS_cuda := requirements/model.txt
 # Checkers of deploy/ that aren't libraries.
 TOOLS := $(VENV)/.tools
 
-.PHONY: serve test lint format quality docs tools clean venv
+.PHONY: serve test lint format quality docs audit tools clean venv
 
 venv: $(STAMP)
 
@@ -84,9 +84,15 @@ $(TOOLS): requirements/tools.txt tests/deploy/unpack_tools.py $(STAMP)
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality.full $(ARGS)
 
+# Asks a database of known holes about all that is installed. It has an environment of its own, and needs the network.
+audit: $(STAMP)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip -qq install $(PIP_ARGS) 'pip-audit>=2.10,<3'; }
+	.audit/bin/pip-audit --vulnerability-service osv --skip-editable $(ARGS) \
+		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 docs: $(STAMP)
 	PYTHONPATH=. $(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

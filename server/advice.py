@@ -86,6 +86,8 @@ ADVICE = {
     "--prefill-seed": "Free. The model's own.",
     "--max-body-bytes": "Memory of a connection. Raise it for requests of many prompts.",
     "--max-header-bytes": "Memory of a connection. Lower it behind a proxy that has a limit of its own.",
+    "--api-key-file": "Microseconds a request. Set it wherever others than you can reach the server.",
+    "--open-paths": "Add /metrics where its readers can't send a key and strangers can't reach it.",
     "--client-timeout": "Lower it where strangers connect, raise it for clients on very slow lines.",
     "--no-console": "The page costs nothing until it is opened. For servers that show nothing but the API.",
 }

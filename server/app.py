@@ -19,6 +19,7 @@ from vllm.usage.usage_lib import UsageContext
 from attention_plugins.prefill.orders import PATTERNS
 from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
+from server.access.settings import make_access
 from server.calibration import CacheShape, read_calibration, read_head_tables
 from server.connections import guarded
 from server.decode_settings import selector_desk
@@ -105,6 +106,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
     allow_plugin()
     args.middleware = [*args.middleware, _OUTERMOST]
     limits = make_limits(args)
+    make_access(args)  # what is wrong with it is told before the slow part
     address, sock = _listen(args)
     try:
         try:

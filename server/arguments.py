@@ -12,6 +12,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from server.access.settings import add_access_flags
 from server.commands.parsers import epilog
 from server.config_file import read_config, split_config
 from server.console import add_console_flags
@@ -70,6 +71,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_prefill_flags(parser)
     add_limit_flags(parser)
     add_console_flags(parser)
+    add_access_flags(parser)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -15,6 +16,7 @@ from attention_plugins.decode.registry import FIELD as DECODE_FIELD
 from attention_plugins.prefill.registry import FIELD as PREFILL_FIELD
 from kvcache.registry import make_policy
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
+from server.access.middleware import Visitor, current_visitor
 from server.desks import Desks, Words
 from server.draining import Door
 from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
@@ -62,7 +64,11 @@ class LongreachLLM(AsyncLLM):
         if self._ours:
             self._check_pool(prompt, words[KV_FIELD])
             sampling_params.extra_args = self._extra_args(sampling_params.extra_args or {}, words)
-        return self._noting(super().generate(prompt, sampling_params, request_id, **kwargs), words, scope)
+        visitor = current_visitor.get()
+        if visitor:
+            prompt = _received(visitor, prompt)
+        outputs = self._noting(super().generate(prompt, sampling_params, request_id, **kwargs), words, scope)
+        return _charging(outputs, visitor, sampling_params.output_kind) if visitor else outputs
 
     @property
     def _ours(self) -> bool:
@@ -163,3 +169,23 @@ async def _clear(outputs: AsyncGenerator[Any, None], door: Door | None) -> Async
 def _all_kept(words: Words, output: Any) -> dict[str, Any]:
     length = len(output.prompt_token_ids or ())
     return {**words, "prompt_tokens": length, "kept_tokens": dict.fromkeys(("mean", "min", "max"), float(length))}
+
+
+def _received(visitor: Visitor, prompt: Any) -> Any:
+    """Charge a visitor for a prompt, which vLLM has tokenised, and keep its prefix apart where its key says so."""
+    visitor.charge("prompt", len(prompt.get("prompt_token_ids") or prompt["prompt_embeds"]))
+    if not visitor.key.own_cache:
+        return prompt
+    # The digest, since no other client knows it: the salt of a request may be anything.
+    return {**prompt, "cache_salt": f"{visitor.key.digest.hex()}/{prompt.get('cache_salt') or ''}"}
+
+
+async def _charging(
+    outputs: AsyncGenerator[Any, None], visitor: Visitor, kind: RequestOutputKind
+) -> AsyncGenerator[Any, None]:
+    """Charge a visitor for what comes, so also for the part of an answer that it waited for before it left."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            if kind is not RequestOutputKind.CUMULATIVE or output.finished:
+                visitor.charge("generated", sum(len(answer.token_ids) for answer in output.outputs))
+            yield output

@@ -9,6 +9,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from server import console
+from server.access.middleware import AccessMiddleware
+from server.access.settings import make_access
 from server.bodies import BodyMiddleware
 from server.draining import Door, DrainingMiddleware
 from server.limits import make_limits
@@ -71,11 +73,13 @@ class LongreachPlugin:
         app.add_middleware(FieldsMiddleware)
         app.add_middleware(DrainingMiddleware)
         app.add_middleware(BodyMiddleware)
+        app.add_middleware(AccessMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         state.longreach_desks = engine_client.desks
         state.longreach_door = engine_client.door
         state.longreach_limits = make_limits(args, engine_client.model_config.max_model_len)
+        state.longreach_access = make_access(args)
 
 
 def create_plugin() -> LongreachPlugin:

@@ -53,6 +53,7 @@ COMMANDS = (
     Command("eval", "measure what policies, selectors and patterns lose", "server.commands.evaluate"),
     Command("loadtest", "measure how many long requests a server takes, and when it pays", "server.commands.loadtest"),
     Command("doctor", "say what this machine, or a model, can use", "server.commands.doctor", flags_of_serve=True),
+    Command("keys", "make and look at API keys", "server.commands.keys"),
     Command("completion", "print a script that completes all this in a shell", "server.commands.completion"),
 )
 

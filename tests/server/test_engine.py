@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from attention_plugins.decode.registry import FIELD
 from kvcache.usage import TOTALS
 from kvcache.vllm_adapter.scheduler import EXTRA_ARG
+from server.access.keys import Key
+from server.access.meters import Meter
+from server.access.metrics import KeyMetrics
+from server.access.middleware import Visitor, current_visitor
 from server.engine import LongreachLLM
 from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
 from server.policies import PolicyDesk
@@ -274,3 +278,54 @@ def test_dense_prompts_are_vllms_business_and_told_to_those_who_asked(engine: En
     words = {"pattern": "streaming", "sinks": 4}
     fake.generate(RequestScope({"prefill_attention": words}))
     assert fake.calls[1][1].extra_args["prefill_attention"] == words
+
+
+def visit(fake: Fake, own_cache: bool = False, salt: str | None = None, **extra: Any) -> tuple[Any, dict[str, float]]:
+    """The prompt that reached vLLM, and what a visitor was charged."""
+    registry = CollectorRegistry()
+    key = Key("alice", b"\xab" * 32, own_cache=own_cache)
+    visitor = Visitor(key, Meter(key), KeyMetrics(registry))
+    prompt = {**PROMPT, "cache_salt": salt} if salt else PROMPT
+
+    async def run() -> None:
+        current_visitor.set(visitor)
+        async for _ in fake.llm.generate(prompt, SamplingParams(**extra), "id"):
+            pass
+
+    asyncio.run(run())
+    kinds = ("prompt", "generated")
+    labels = [{"key": "alice", "kind": kind} for kind in kinds]
+    found = [registry.get_sample_value("longreach_key_tokens_total", label) for label in labels]
+    return fake.calls[-1][0], {kind: value for kind, value in zip(kinds, found, strict=True) if value is not None}
+
+
+def part(*lengths: int, finished: bool = False) -> Any:
+    one = output(finished=finished)
+    one.outputs = [SimpleNamespace(token_ids=[0] * length) for length in lengths]
+    return one
+
+
+@pytest.mark.parametrize(
+    "kind, outputs, generated",
+    [
+        (RequestOutputKind.DELTA, [part(2), part(1, 3), part(1, finished=True)], 7),
+        (RequestOutputKind.CUMULATIVE, [part(2), part(4), part(5, 2, finished=True)], 7),
+        (RequestOutputKind.FINAL_ONLY, [part(5, 2, finished=True)], 7),
+        (RequestOutputKind.DELTA, [part(2), part(1)], 3),  # the client left
+    ],
+)
+def test_tokens_are_charged_to_the_visitors_key(
+    kind: RequestOutputKind, outputs: list[Any], generated: int, engine: Engine
+) -> None:
+    prompt, charged = visit(engine(outputs), output_kind=kind)
+    assert charged == {"prompt": 100, "generated": generated}
+    assert prompt == PROMPT
+
+
+def test_a_key_may_have_a_cache_of_its_own(engine: Engine) -> None:
+    """What a client puts as its salt can't be that of another key, whose hash it doesn't know."""
+    fake = engine([part(1, finished=True)])
+    assert visit(fake, own_cache=True)[0]["cache_salt"] == "ab" * 32 + "/"
+    assert visit(fake, own_cache=True, salt="mine")[0]["cache_salt"] == "ab" * 32 + "/mine"
+    assert visit(fake, salt="mine")[0]["cache_salt"] == "mine"
+    assert "cache_salt" not in PROMPT
