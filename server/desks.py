@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,9 +44,10 @@ def clash(policy: Words, selector: Words) -> bool:
     return policy["policy"] != NONE and name != DENSE and not selectors()[name].with_policies
 
 
-def companions() -> str:
-    """Selectors that go with every policy."""
-    return ", ".join([DENSE, *(name for name, selector in selectors().items() if selector.with_policies)])
+def companions(enabled: Collection[str] | None = None) -> str:
+    """Selectors that go with every policy, of all or of those that are enabled."""
+    found = (name for name, selector in selectors().items() if selector.with_policies)
+    return ", ".join([DENSE, *(name for name in found if enabled is None or name in enabled)])
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Desks:
                 f"{self.selectors.field}.selector",
                 f"{selector['selector']} needs a whole cache, which {self.policies.field}.policy {policy['policy']} "
                 "compresses (a field left out is the server's default).",
-                f"{companions()}; or any selector with {self.policies.field}.policy {NONE}",
+                f"{companions(self.selectors.enabled)}; or any selector with {self.policies.field}.policy {NONE}",
             )
 
 

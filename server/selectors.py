@@ -60,7 +60,12 @@ class SelectorDesk:
         Raises:
             PolicyError: names the field and what is allowed.
         """
-        selector = make_selector(words)
+        try:
+            selector = make_selector(words)
+        except PolicyError as error:
+            if error.field != f"{FIELD}.selector" or not self.enabled:
+                raise
+            raise PolicyError(error.field, error.problem, self._usable()) from None
         if selector is None:
             return selector_words(None)
         if self.unavailable:

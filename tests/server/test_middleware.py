@@ -308,6 +308,8 @@ def test_the_servers_own_policy_and_selector_count_for_what_goes_together() -> N
     assert post(handler, {"decode_attention": {"selector": "tidal"}}, compressing)[0]["status"] == 400
     post(handler, {"decode_attention": {"selector": "tidal"}, "kv_cache": {"policy": "none"}}, compressing)
     assert (handler.words, handler.decode) == ({"policy": "none"}, TIDAL | {"tokens": 2048})
+    told = json.loads(sent_body(post(handler, {"decode_attention": {"selector": "tidal"}}, compressing)))["error"]
+    assert "Allowed: dense, recycled, quest; or any" in told["message"]  # loki isn't enabled
     selecting = desks(default={"selector": "tidal"})
     sent = post(handler, {"kv_cache": POLICY}, selecting)
     assert sent[0]["status"] == 400 and b"tidal needs a whole cache" in sent_body(sent)

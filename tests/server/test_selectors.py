@@ -68,6 +68,11 @@ def test_a_selector_that_is_not_enabled_names_the_flag(name: str) -> None:
     assert error.allowed == ", ".join(["dense", *(each for each in ALL if each != name)])
 
 
+def test_only_what_requests_may_use_is_proposed() -> None:
+    assert refusal(desk(["quest", "tidal"]), {"selector": "nope"}).allowed == "dense, tidal, quest"
+    assert refusal(desk([]), {"selector": "nope"}).allowed == ", ".join(["dense", *ALL])
+
+
 def test_a_selector_without_its_calibration_names_the_command() -> None:
     bare = desk(calibrated=False)
     for selector in selectors().values():
