@@ -9,7 +9,8 @@ from kvcache.pages import PageGeometry
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Send a tensor of the CPU to a device without waiting."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

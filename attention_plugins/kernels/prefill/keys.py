@@ -16,16 +16,18 @@ from kvcache.pages import InterleavedCodec
 PROGRAMS = 264
 """Two for each multiprocessor of an H100."""
 MAX_SPLITS = 64
-TUNED_DIM = 128
+TUNED_BYTES = 256
 
 
-def fitting(sizes: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """A kernel's sizes for heads of so many numbers. They are tuned for 128 at most; of wider heads half as many rows,
-    and no loads ahead, are what fits in shared memory."""
-    if head_dim <= TUNED_DIM:
-        return sizes
-    halves = ("ROWS", "MEMBERS")
-    return {name: max(1, size // 2) if name in halves else size for name, size in sizes.items()} | {"num_stages": 1}
+def fitting(sizes: dict[str, Any], queries: torch.Tensor) -> dict[str, Any]:
+    """A kernel's sizes for these queries. They are tuned for heads of 128 numbers of two bytes at most; of wider ones
+    half as many rows, and no loads ahead, are what fits in shared memory."""
+    width = queries.shape[-1] * queries.element_size()
+    while width > TUNED_BYTES:
+        halves = ("ROWS", "MEMBERS")
+        halved = {name: max(1, size // 2) if name in halves else size for name, size in sizes.items()}
+        sizes, width = halved | {"num_stages": 1}, width // 2
+    return sizes
 
 
 class Paged(NamedTuple):

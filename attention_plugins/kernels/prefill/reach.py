@@ -104,7 +104,7 @@ def near_maxima(chunk: Chunk, span: int) -> torch.Tensor:
     _near_maxima[(group, blocks, kv_heads)](
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), anchors,
         chunk.q_len, chunk.k_len, span, blocks, chunk.scale * given.key_scale, **given.shape, ROWS=ROWS,
-        **fitting(MAXIMA, given.shape["DIM"]),
+        **fitting(MAXIMA, given.queries),
     )  # fmt: skip
     return anchors
 
@@ -115,7 +115,7 @@ def group_slack(chunk: Chunk, anchors: torch.Tensor, span: int) -> torch.Tensor:
     groups = (grid.offset + (grid.q_blocks - 1) * ROWS) // span - grid.offset // span + 1
     means = pooled_queries(chunk).to(given.queries.dtype)
     slack = torch.empty(chunk.num_heads, groups, grid.k_units, device=means.device)
-    sizes = fitting(SLACK, given.shape["DIM"])
+    sizes = fitting(SLACK, given.queries)
     _group_slack[(triton.cdiv(grid.k_len, sizes["KEYS"]), given.heads[0])](
         means, anchors.contiguous(), given.pages, given.table, given.table.stride(0), slack, grid.q_len, grid.k_len,
         span, grid.q_blocks, groups, grid.k_units, chunk.scale * given.key_scale,

@@ -253,7 +253,7 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
     """Of the causal softmax of some of the chunk's queries, int64 [m], counted from its start."""
     given, m = paged(chunk), len(rows)
     kv_heads, group = given.heads
-    sizes = fitting(DENOMINATORS, given.shape["DIM"])
+    sizes = fitting(DENOMINATORS, given.queries)
     tiles, keys = triton.cdiv(group * m, sizes["ROWS"]), sizes["KEYS"]
     most = max(1, min(PROGRAMS // (kv_heads * tiles), MAX_SPLITS))
     splits = min(triton.cdiv(chunk.k_len, 4 * keys), most)
@@ -271,7 +271,7 @@ def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     """See `attention_plugins.prefill.scores.column_sums`."""
     partial, given, most_splits = denominators(chunk, rows)
     columns = torch.empty(chunk.num_heads, chunk.k_len, device=rows.device)
-    sizes = fitting(COLUMNS, given.shape["DIM"])
+    sizes = fitting(COLUMNS, given.queries)
     _columns[(triton.cdiv(chunk.k_len, sizes["KEYS"]), given.heads[0])](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, columns,
         len(rows), chunk.offset, chunk.k_len, given.scale, partial.shape[1],
@@ -303,7 +303,7 @@ def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
         chunk.num_heads, STEP, steps * STEP, device=partial.device, dtype=torch.float16 if half else torch.float32
     )
     factor = 8192.0 if half else 1.0
-    sizes = fitting(STRIPES if group > FEW_STRIPES["MEMBERS"] else FEW_STRIPES, given.shape["DIM"])
+    sizes = fitting(STRIPES if group > FEW_STRIPES["MEMBERS"] else FEW_STRIPES, given.queries)
     tiles = triton.cdiv(group, sizes["MEMBERS"])
     splits = max(1, min(steps // 8, PROGRAMS // (kv_heads * tiles)))
     each = triton.cdiv(steps, splits)

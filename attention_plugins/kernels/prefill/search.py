@@ -79,6 +79,6 @@ def best_of_chunks(chunk: Chunk, starts: torch.Tensor, size: int, stride: int, s
         given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), starts, scores, size,
         m, chunk.q_len, chunk.k_len, blocks, chunk.num_kv_heads if share_heads else 1, stride,
         chunk.scale * given.key_scale,
-        **given.shape, ROWS=ROWS, **fitting(SEARCH, given.shape["DIM"]),
+        **given.shape, ROWS=ROWS, **fitting(SEARCH, given.queries),
     )  # fmt: skip
     return scores

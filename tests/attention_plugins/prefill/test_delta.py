@@ -10,6 +10,7 @@ from attention_plugins.prefill.attention import attend, dense_attention, dense_r
 from attention_plugins.prefill.base import Chunk, Reader
 from attention_plugins.prefill.delta import Delta
 from tests.attention_plugins.prefill.prompts import Prompt, make, make_prompt
+from tests.device import DEVICE
 
 BASE = {"pattern": "streaming", "sinks": 20, "window": 100}
 
@@ -23,7 +24,7 @@ def make_delta(gamma: int = 64) -> Delta:
 def test_golden() -> None:
     """8 random queries, 4 channels, sink 1, the row itself and the one before, gamma 4: mean errors .2833 -> .1574."""
     random = np.random.default_rng(0)
-    queries, keys, values = (torch.from_numpy(random.standard_normal((8, 4))).float() for _ in range(3))
+    queries, keys, values = (torch.from_numpy(random.standard_normal((8, 4))).float().to(DEVICE) for _ in range(3))
     chunk = Chunk(queries[:, None], keys[None], scale=0.5, prompt_len=10_000)
     rows, columns = torch.arange(8)[:, None], torch.arange(8)
     seen = (columns <= rows) & ((columns < 1) | (rows - columns < 2))

@@ -14,7 +14,7 @@ CHUNKS = pytest.mark.parametrize(
 
 
 def grid_of(q_len: int, k_len: int, unit: int) -> Grid:
-    return Grid(q_len, k_len, unit, torch.device("cpu"))
+    return Grid(q_len, k_len, unit, DEVICE)
 
 
 def brute(grid: Grid, seen: torch.Tensor) -> torch.Tensor:
