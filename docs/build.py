@@ -28,6 +28,8 @@ COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
 SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
+MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
+MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
 SPEED_TOKENS = 2048
 KINDS = {"recycled": ("mean over a stride of 50",), "local": ("all near", "all far")}
 """Of selectors whose steps differ, those that the page tells."""
@@ -185,8 +187,21 @@ def _patterns(jinja: Environment) -> dict[str, str]:
 
 def _models(jinja: Environment) -> dict[str, str]:
     zoo = {name: _specimen(specimen) for name, specimen in ZOO.items()}
-    page = jinja.get_template("models.md.jinja")
-    return {"models.md": page.render(zoo=zoo, models=rules.MODELS, settings=rules.SETTINGS, works=rules.WORKS)}
+    page = jinja.get_template("models.md.jinja").render(
+        zoo=zoo, models=rules.MODELS, settings=rules.SETTINGS, works=rules.WORKS, matrix=_read(MODEL_MATRIX),
+        speed=_read(MODEL_SPEED)["rows"], speed_file=MODEL_SPEED, needles=_needles(), needles_file=NEEDLES,
+    )  # fmt: skip
+    return {"models.md": page}
+
+
+def _needles() -> dict[str, list[str]]:
+    """Found by way, at each length; of engines that measured dense again, the first one's."""
+    found: dict[str, dict[int, str]] = {}
+    lengths = sorted({row["tokens"] for row in _read(NEEDLES)["rows"]})
+    for row in _read(NEEDLES)["rows"]:
+        share = f" ({row['density']:.0%})" if row["density"] is not None else ""
+        found.setdefault(row["way"], {}).setdefault(row["tokens"], f"{row['found']}{share}")
+    return {way: [told.get(length, "") for length in lengths] for way, told in found.items()}
 
 
 def _reference(jinja: Environment) -> dict[str, str]:
