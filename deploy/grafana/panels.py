@@ -237,7 +237,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 ),
             ),
             "Mean by policy; part of the time to the second token. Policies differ by a factor of a hundred "
-            "([figures](results.md)).",
+            "(docs/results.md).",
             "s",
         ),
         Panel(
