@@ -266,6 +266,7 @@ def test_an_argument_of_a_policy_goes_along_and_its_mistakes_come_back(watched: 
     page.click("#send")
     expect(page.locator("#kv_cache-kernel-error")).to_contain_text("must be odd")
     page.select_option("#kv_cache-heads", "adakv")
+    assert page.evaluate("document.activeElement.id") == "kv_cache-heads"
     page.fill("#kv_cache-floor", "2")
     page.fill("#kv_cache-kernel", "")
     page.click("#send")

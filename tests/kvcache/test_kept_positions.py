@@ -7,6 +7,7 @@ import torch
 
 from kvcache.kept_positions import MOST_BINS, KeptPositions, bin_width, wanted
 from kvcache.method import PolicyError
+from tests import device
 
 
 @pytest.mark.parametrize(("seen", "width"), [(1, 1), (256, 1), (257, 2), (512, 2), (6000, 24), (131072, 512)])
@@ -21,7 +22,10 @@ def test_each_kept_token_is_counted_once_in_its_bin(width: int) -> None:
     lengths = torch.tensor([[len(head) for head in layer] for layer in kept])
     most = int(lengths.max())
     padded = torch.tensor([[head + [999] * (most - len(head)) for head in layer] for layer in kept])
-    told = KeptPositions.count(padded, lengths, width).usage(whole_from=22, seen=25)
+    counted = KeptPositions.count(padded.to(device.DEVICE), lengths.to(device.DEVICE), width)
+    if device.DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    told = counted.usage(whole_from=22, seen=25)
     assert (told["tokens"], told["bin_tokens"], told["kv_heads"]) == (25, width, 2)
     assert len(told["by_layer"]) == 2
     for layer, row in zip(kept, told["by_layer"], strict=True):

@@ -26,7 +26,11 @@ export class Choice {
     this.place = box.querySelector(".arguments");
     this.allocators = {};
     this.select.addEventListener("change", () => this.show());
-    this.place.addEventListener("change", (event) => event.target.dataset.redraws && this.show());
+    this.place.addEventListener("change", ({ target }) => {
+      if (!target.dataset.redraws) return;
+      this.show();
+      this.input(target.dataset.argument).focus(); // a new one, in the old one's place
+    });
   }
 
   /** Take over what the server offers: the answer of its route. */
