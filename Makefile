@@ -1,7 +1,8 @@
 # Longreach. `make serve` and `make test` build .venv when it is missing or older than pyproject.toml.
 #
 #   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
-#   make test ARGS='-m "not e2e"'      lint and tests
+#   make test ARGS='-m "not browser"'  lint and tests; what these want of Debian is in requirements/debian.txt, and .ci/run
+#                                      installs it. (browser: the console's, which drive Chromium; e2e: all with servers)
 #   make lint | quality | docs | tools | clean
 #
 # Variables
