@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 
 pytest.importorskip("vllm")
 
+from server.access.settings import OPEN
 from server.arguments import parse
 from server.platforms import Platform
 from tests.deploy.project import ROOT, VERSION
@@ -101,6 +103,7 @@ def test_its_schemas_would_refuse(objects: Objects) -> None:
         ("autoscaling.enabled=true", "ReadWriteMany"),
         ("config.port=80", "service.port"),
         ("config.api-key=secret", "apiKey"),
+        ("apiKey.value=k,apiKeyFile.existingSecret=keys", "set one"),
     ],
 )
 def test_wrong_values_are_refused_by_name(helm: Any, value: str, told: str) -> None:
@@ -189,6 +192,24 @@ def test_a_key_comes_from_a_secret(helm: Any) -> None:
     assert container(theirs)["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "mine"
     assert not [kind for kind, _ in theirs if kind == "Secret"]
     assert "env" not in container(rendered(helm))
+
+
+def test_a_file_of_keys_comes_from_a_secret(helm: Any, tmp_path: Path) -> None:
+    objects = rendered(helm, "--set", "apiKeyFile.existingSecret=mine")
+    kubernetes_validate.validate(objects["Deployment", "up-longreach"], VERSIONS[-1], strict=True)
+    config = yaml.safe_load(objects["ConfigMap", "up-longreach"]["data"]["server.yaml"])
+    mounts = {mount["name"]: mount["mountPath"] for mount in container(objects)["volumeMounts"]}
+    (volume,) = (volume for volume in pod(objects)["volumes"] if volume["name"] == "keys")
+    assert config["api-key-file"] == f"{mounts['keys']}/keys.txt" and volume["secret"]["secretName"] == "mine"
+    assert volume["secret"]["defaultMode"] & stat.S_IWOTH == 0  # the server refuses what everybody may write
+    assert set(config["open-paths"]) == {*OPEN, "/metrics"}
+    file = tmp_path / "server.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert parse(["--config", str(file)], Platform("cpu", None)).open_paths == config["open-paths"]
+    assert "env" not in container(objects)
+    closed = rendered(helm, "--set", "apiKeyFile.existingSecret=mine,config.open-paths={/health,/ready}")
+    config = yaml.safe_load(closed["ConfigMap", "up-longreach"]["data"]["server.yaml"])
+    assert config["open-paths"] == ["/health", "/ready"]
 
 
 def test_a_changed_setting_is_a_new_pod(helm: Any) -> None:

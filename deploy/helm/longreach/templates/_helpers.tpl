@@ -45,14 +45,23 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version }}
 
 {{/* The server's config file: what the user gave, and what follows from other values. */}}
 {{- define "longreach.config" -}}
-{{- range list "host" "port" "shutdown-timeout" "api-key" -}}
+{{- range list "host" "port" "shutdown-timeout" "api-key" "api-key-file" -}}
 {{- if hasKey $.Values.config . -}}
-{{- fail (printf "config.%s: the chart sets it itself; see service.port, shutdown.drainSeconds and apiKey" .) -}}
+{{- fail (printf "config.%s: the chart sets it itself; see service.port, shutdown.drainSeconds, apiKey and apiKeyFile" .) -}}
 {{- end -}}
 {{- end -}}
 {{- $config := deepCopy .Values.config -}}
 {{- if and (gt (int .Values.gpus) 1) (not (hasKey $config "tensor-parallel-size")) -}}
 {{- $_ := set $config "tensor-parallel-size" (int .Values.gpus) -}}
+{{- end -}}
+{{- if .Values.apiKeyFile.existingSecret -}}
+{{- if include "longreach.secret" . -}}
+{{- fail "apiKeyFile and apiKey: requests would need both keys in one header; set one" -}}
+{{- end -}}
+{{- $_ := set $config "api-key-file" (printf "/etc/longreach-keys/%s" .Values.apiKeyFile.key) -}}
+{{- if not (hasKey $config "open-paths") -}}
+{{- $_ := set $config "open-paths" (list "/health" "/ready" "/ping" "/metrics") -}}
+{{- end -}}
 {{- end -}}
 {{- $_ := set $config "host" "0.0.0.0" -}}
 {{- $_ := set $config "port" 8000 -}}
