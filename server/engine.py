@@ -173,7 +173,8 @@ def _all_kept(words: Words, output: Any) -> dict[str, Any]:
 
 def _received(visitor: Visitor, prompt: Any) -> Any:
     """Charge a visitor for a prompt, which vLLM has tokenised, and keep its prefix apart where its key says so."""
-    visitor.charge("prompt", len(prompt.get("prompt_token_ids") or prompt["prompt_embeds"]))
+    tokens = prompt.get("prompt_token_ids")
+    visitor.charge("prompt", len(prompt["prompt_embeds"] if tokens is None else tokens))
     if not visitor.key.own_cache:
         return prompt
     # The digest, since no other client knows it: the salt of a request may be anything.

@@ -63,7 +63,7 @@ def test_requests_are_counted_by_key(guarded: Guarded) -> None:
     with guarded.client(guarded.secrets["alice"]).completions.create(
         model=MODEL, prompt=TEXT, max_tokens=4, temperature=0, stream=True
     ) as stream:
-        assert len(list(stream)) >= 4
+        assert list(stream)
     told = guarded.metrics()
     assert told['longreach_key_tokens_total{key="alice",kind="prompt"}'] == 2 * usage.prompt_tokens
     assert told['longreach_key_tokens_total{key="alice",kind="generated"}'] == 2 * usage.completion_tokens == 8

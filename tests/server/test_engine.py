@@ -322,6 +322,11 @@ def test_tokens_are_charged_to_the_visitors_key(
     assert prompt == PROMPT
 
 
+def test_an_empty_prompt_is_vllms_to_refuse(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROMPT, "prompt_token_ids", [])
+    assert visit(engine([part(finished=True)]))[1] == {"prompt": 0, "generated": 0}
+
+
 def test_a_key_may_have_a_cache_of_its_own(engine: Engine) -> None:
     """What a client puts as its salt can't be that of another key, whose hash it doesn't know."""
     fake = engine([part(1, finished=True)])
