@@ -198,7 +198,7 @@ def load(sources: Sequence[Path]) -> Results:
     order = sorted(
         cells.values(),
         key=lambda cell: (
-            cell.key.profile,
+            _by_number(cell.key.profile),
             cell.key.pool or 0,
             place[cell.key.system],
             cell.key.rate,
@@ -206,6 +206,11 @@ def load(sources: Sequence[Path]) -> Results:
         ),
     )
     return Results(about, order)
+
+
+def _by_number(text: str) -> list[tuple[int, str]]:
+    """To sort by: numbers in it by their size."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _content(source: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -73,7 +73,7 @@ class Watched:
 class Watcher:
     """Samples an endpoint's /metrics until it is stopped. Endpoints without them leave everything empty."""
 
-    def __init__(self, root: str, headers: dict[str, str], every: float = 1.0) -> None:
+    def __init__(self, root: str, headers: dict[str, str], every: float = 0.5) -> None:
         self.client = httpx.AsyncClient(base_url=root, headers=headers, timeout=10.0)
         self.every = every
         self.watched = Watched()

@@ -84,6 +84,14 @@ def test_a_folder_takes_only_what_compares(tmp_path: Path) -> None:
         Store(tmp_path, {**IDENTITY, "seed": 1})
 
 
+def test_profiles_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    texts = [f"prompts,output=10,prompt={prompt}" for prompt in (200, 1600, 32768)]
+    cells = [cell("stock", 1.0, 20) for _ in texts]
+    for one, text in zip(cells, texts, strict=True):
+        one.key = replace(one.key, profile=text)
+    assert [one.key.profile for one in load([stored(tmp_path, *reversed(cells))]).cells] == texts
+
+
 def test_runs_of_several_folders_are_one_report(tmp_path: Path) -> None:
     first = stored(tmp_path / "a", cell("stock", 1.0, 5), cell("stock", 0.5, 20))
     second = stored(tmp_path / "b", cell("snapkv", 1.0, 20), cell("stock", 1.0, 7))
