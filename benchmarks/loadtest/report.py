@@ -15,7 +15,7 @@ from benchmarks.evaluation.plots import available, png
 from benchmarks.loadtest import plots, tables
 from benchmarks.loadtest.profiles import parse
 from benchmarks.loadtest.store import MERGED, load
-from benchmarks.loadtest.summary import KEEPS_UP, Summary, statuses, summarize
+from benchmarks.loadtest.summary import KEEPS_UP, Summary, could_be_good, statuses, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,6 +86,9 @@ def _problems(summary: Summary) -> Iterator[str]:
         if told := statuses(cell):
             errors = list(dict.fromkeys(request.error for request in cell.requests if request.error))[:SHOWN_ERRORS]
             yield f"{where}: {told} of {one.total}.{' Errors: ' if errors else ''}{'; '.join(errors)}"
+        if early := could_be_good(cell, summary.goals):
+            yield (f"{where}: ended early, for want of time: {early} of the unfinished could still have been good. "
+                   "Give more --seconds.")  # fmt: skip
         if cell.most_in_flight >= summary.about.get("concurrency", float("inf")):
             yield f"{where}: the load test's own limit of {cell.most_in_flight} requests in flight was reached."
     for text in summary.about.get("not_begun", ()):

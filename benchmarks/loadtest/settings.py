@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of prompts and arrivals (0)")
     add("--token-ids", default=f"{LOW}:{HIGH}", metavar="LOW:HIGH", help="that prompts are made of (1000:30000)")
     add = parser.add_argument_group("limits and goals").add_argument
-    add("--seconds", type=float, default=600, help="for everything together, servers' starts too (600)")
+    add("--seconds", type=float, default=540, help="for everything together, servers' starts too (540)")
     add("--drain", type=float, help="seconds that a load may take after its last arrival (left out: as long as a "
         "request can still be good; with the rate inf, its share of what is left)")  # fmt: skip
     add("--concurrency", type=int, default=512, help="requests in flight at most (512)")

@@ -41,6 +41,18 @@ def first_tokens(cell: Cell, percentile: float) -> AtLeast | None:
     return AtLeast(low[0] + (place - math.floor(place)) * (high[0] - low[0]), low[1] or high[1])
 
 
+def could_be_good(cell: Cell, goals: Goals) -> int:
+    """Unfinished requests that were ended before they had missed a goal: they aren't good, and it isn't known."""
+    if math.isinf(cell.key.rate):
+        return 0  # full loads aren't compared by goals
+    return sum(
+        request.status == UNFINISHED
+        and (request.ttft is None or request.ttft <= goals.ttft)
+        and cell.seconds - request.arrival < goals.ttft + (request.asked_output - 1) * goals.tpot
+        for request in cell.requests
+    )
+
+
 def _wait(request: Record, end: float) -> float:
     return request.ttft if request.ttft is not None else max(0.0, end - request.arrival)
 

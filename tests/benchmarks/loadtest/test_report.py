@@ -84,6 +84,14 @@ def test_a_folder_takes_only_what_compares(tmp_path: Path) -> None:
         Store(tmp_path, {**IDENTITY, "seed": 1})
 
 
+def test_loads_that_ended_before_all_was_known_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "available", lambda: False)
+    # Goals of 1 s and 9 x 0.1 s: what arrived less than 1.9 s before the end could still have been good.
+    told = write_report([stored(tmp_path, cell("stock", 1.0, 5, unfinished=4, seconds=3.65))])
+    assert "ended early, for want of time: 2 of the unfinished could still have been good" in told
+    assert "ended early" not in write_report([stored(tmp_path / "b", cell("stock", 1.0, 5, unfinished=4, seconds=9))])
+
+
 def test_profiles_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     texts = [f"prompts,output=10,prompt={prompt}" for prompt in (200, 1600, 32768)]
     cells = [cell("stock", 1.0, 20) for _ in texts]
