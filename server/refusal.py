@@ -20,7 +20,7 @@ TYPES = {
 def refusal_body(status: int, message: str, param: str | None = None) -> bytes:
     """`{"error": {"message", "type", "param", "code"}}`."""
     error = {"message": message, "type": TYPES[status], "param": param, "code": status}
-    return json.dumps({"error": error}).encode()
+    return json.dumps({"error": error}, separators=(",", ":")).encode()  # as vLLM writes it
 
 
 def refuse(status: int, message: str, param: str | None = None, **headers: str) -> Response:
