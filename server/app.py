@@ -21,12 +21,14 @@ from kvcache.method import ModelShape
 from kvcache.registry import PolicyError
 from server.access.settings import make_access
 from server.calibration import CacheShape, read_calibration, read_head_tables
+from server.checkpoint import check_checkpoint
 from server.connections import guarded
 from server.decode_settings import selector_desk
 from server.desks import Desks
 from server.draining import Door
 from server.engine import LongreachLLM
-from server.errors import StartError, one_line
+from server.errors import EngineDied, Exit, StartError, one_line
+from server.faults import StartWatch
 from server.flags import in_flags
 from server.limits import make_limits
 from server.metrics import AuditMetrics, CompressionMetrics, DecodeMetrics, PrefillMetrics
@@ -100,6 +102,7 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
 
     Raises:
         StartError: the address, the model, or the configuration together with compression.
+        EngineDied: while it served.
         KeyboardInterrupt: told to stop before the server listened, or it stopped with requests unfinished.
     """
     stop = _Stop()
@@ -126,6 +129,8 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             await asyncio.wait_for(shutdown, _CLOSING)
         if engine.drained is False:
             raise KeyboardInterrupt
+        if engine.drained is None:
+            raise EngineDied("the engine died; its own messages above say why, if it had time for any. Start it again")
     finally:
         sock.close()
 
@@ -155,7 +160,9 @@ def _listen(args: Namespace) -> tuple[str, Any]:
         return setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
         where = f"--uds {args.uds}" if args.uds else f"--host {args.host} --port {args.port}"
-        raise StartError(f"can't listen: {where}: {getattr(error, 'strerror', None) or error}") from error
+        why = getattr(error, "strerror", None) or error
+        text = f"can't listen: {where}: {why}. End what listens there, or choose another"
+        raise StartError(text, Exit.ADDRESS) from error
     except KeyError as error:
         raise StartError(one_line(error)) from error
 
@@ -166,30 +173,34 @@ def _start_engine(args: Namespace, default: dict[str, Any], platform: Platform) 
     Raises:
         StartError: it can't be loaded, or not with compression.
     """
+    check_checkpoint(args)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     try:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
+        raise StartError(f"{args.model} can't be served: {one_line(error)}", Exit.MODEL) from error
     if platform.unavailable is None:
         refuse_config(config, platform.name)
         choose_scheduler(config)
     desks = _desks(args, default, platform, config)
     try:
-        engine = LongreachLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            aggregate_engine_logging=engine_args.aggregate_engine_logging,
-            disable_log_stats=engine_args.disable_log_stats,
-            stat_loggers=None if engine_args.disable_log_stats else [PoolLogger],
-        )
+        with StartWatch(config.instance_id) as watch:
+            engine = LongreachLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+                stat_loggers=None if engine_args.disable_log_stats else [PoolLogger],
+            )
     except (ValueError, OSError) as error:
-        raise StartError(f"{args.model} can't be served: {one_line(error)}") from error
+        raise StartError(f"{args.model} can't be served: {one_line(error)}", Exit.MODEL) from error
     except RuntimeError as error:
         if "Engine core initialization failed" not in str(error):
             raise
-        raise StartError("the engine didn't start; its own messages above say why") from error
+        if watch.error:
+            raise watch.error from error
+        raise StartError("the engine didn't start; its own messages above say why", Exit.ENGINE) from error
     try:
         desks.policies.resize(config.cache_config.block_size)  # beside layers with a state, vLLM makes pages larger
     except PolicyError as error:

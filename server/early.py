@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.config_file import as_words, read_config, split_config
 from server.decode_settings import add_decode_flags, pass_selectors
-from server.errors import StartError
+from server.errors import Exit, StartError
 from server.platforms import Platform
 from server.prefill_settings import add_prefill_flags, pass_patterns
 from server.settings import add_flags, default_policy, pass_weights
@@ -60,6 +60,6 @@ def check_folder(model: str) -> None:
     """
     folder = Path(model).expanduser()
     if model.startswith(("/", "./", "../", "~")) and not folder.exists():
-        raise StartError(f"{model} doesn't exist: name a folder with a model, or a repository (OWNER/NAME)")
+        raise StartError(f"{model} doesn't exist: name a folder with a model, or a repository (OWNER/NAME)", Exit.MODEL)
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "params.json")):
-        raise StartError(f"{model} holds no model: there is no config.json in it")
+        raise StartError(f"{model} holds no model: there is no config.json in it", Exit.MODEL)

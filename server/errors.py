@@ -1,14 +1,54 @@
-"""What goes wrong before the server listens."""
+"""What ends the server: before it listens, or after."""
 
 from __future__ import annotations
 
+import errno
+from enum import IntEnum
 from typing import Any
 
 from pydantic import ValidationError
 
 
+class Exit(IntEnum):
+    """Exit codes of a server that doesn't start, or doesn't stop as it was told to (docs/faults.md)."""
+
+    USAGE = 2
+    MODEL = 3
+    MEMORY = 4
+    ADDRESS = 5
+    DISK = 6
+    ENGINE = 7
+    INTERRUPTED = 130
+
+
 class StartError(RuntimeError):
     """The server can't start as asked; the message is one line and says what to change."""
+
+    def __init__(self, message: str, code: Exit | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class EngineDied(RuntimeError):
+    """The engine ended while it served; requests under way have been told."""
+
+    code = Exit.ENGINE
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that takes no more, or nothing."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error: its own, or what its cause says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if code := getattr(cause, "code", None):
+            return int(code)
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return Exit.DISK
+        cause = cause.__cause__
+    return Exit.USAGE
 
 
 def _part(part: Any) -> str:

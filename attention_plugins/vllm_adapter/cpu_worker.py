@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from attention_plugins import naive
@@ -19,6 +20,7 @@ from attention_plugins.vllm_adapter.pages import probe_codec
 from attention_plugins.vllm_adapter.prefilling import Executor, NaiveExecutor
 from attention_plugins.vllm_adapter.worker import CompressionWorker
 from kvcache.pages import PageCodec, PageGeometry
+from kvcache.vllm_adapter.start_faults import telling
 
 # A worker's module is imported before its model is built, so the model's layers find our backend.
 cpu_backend.register()
@@ -34,6 +36,7 @@ class _Discarded(torch.Generator):
         return self
 
 
+@telling
 class CPUCompressionWorker(CompressionWorker, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -51,6 +54,14 @@ class CPUCompressionWorker(CompressionWorker, CPUWorker):
             return super().sample_tokens(grammar_output)
         finally:
             generators.update(own)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's; too little for one request is refused here already, where it can be told."""
+        available = int(super().determine_available_memory())
+        fixed = self.vllm_config.model_config.original_max_model_len != -1  # else vLLM fits the length to the memory
+        if fixed and self.cache_config.num_gpu_blocks_override is None:
+            check_enough_kv_cache_memory(self.vllm_config, self.get_kv_cache_spec(), available)
+        return available
 
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         return probe_codec(geometry.page_size, geometry.head_dim, dtype, layer.isa)

@@ -31,6 +31,7 @@ from kvcache.observers.moments import QueryMoments
 from kvcache.observers.spectrogram import Spectrogram
 from kvcache.pages import InterleavedCodec, PageCodec, PageGeometry
 from kvcache.tables import PageTables
+from kvcache.vllm_adapter.start_faults import telling
 
 logger = init_logger(__name__)
 
@@ -43,6 +44,7 @@ GRAPH_BYTES = 2 << 20
 """Memory set aside for one captured graph of ours: an estimate; the log tells what all of them took."""
 
 
+@telling
 class CUDACompressionWorker(CompressionWorker, Worker):
     def page_codec(self, geometry: PageGeometry, dtype: torch.dtype, layer: Any) -> PageCodec:
         return InterleavedCodec(geometry.page_size, geometry.head_dim)

@@ -62,5 +62,10 @@ EXIT_CODES = {
     1: "something failed while it ran",
     2: "the command line, the configuration or the model can't be used as asked; the last line on stderr says what to "
     "change",
-    130: "interrupted",
+    3: "the model isn't there, isn't whole, or can't be served",
+    4: "too little memory for the model or its KV cache",
+    5: "the address or port is in use, or not ours",
+    6: "no room on a disk, or a folder that can't be written",
+    7: "the engine didn't start for another reason, or died while it served",
+    130: "interrupted, or stopped with requests unfinished",
 }

@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 
-def fail(message: object) -> NoReturn:
-    """End with one line on stderr and exit code 2."""
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End with one line on stderr and an exit code."""
     print(f"longreach: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @contextmanager
 def start_errors() -> Iterator[None]:
-    """What may be wrong with a command line, a model or this machine ends in one line and exit code 2."""
+    """What may be wrong with a command line, a model or this machine ends in one line and an exit code of its kind."""
     from attention_plugins.decode.registry import selectors
     from attention_plugins.prefill.registry import patterns
     from kvcache.registry import policies
     from kvcache.vllm_adapter.compat import IncompatibleVLLM
     from server.embedded import EmbeddedModelError
-    from server.errors import StartError, one_line
+    from server.errors import EngineDied, StartError, exit_code, one_line
 
     try:
         policies()
@@ -34,9 +34,9 @@ def start_errors() -> Iterator[None]:
         fail(f"a package with a KV-cache policy, a selector or a pattern can't be used: {one_line(error)}")
     try:
         yield
-    except (StartError, IncompatibleVLLM, EmbeddedModelError) as error:
+    except (StartError, IncompatibleVLLM, EmbeddedModelError, EngineDied) as error:
         logging.getLogger("vllm").debug("why:", exc_info=True)
-        fail(one_line(error))
+        fail(one_line(error), exit_code(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -214,6 +214,7 @@ def test_models_that_cannot_be_served(
 
 def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = SimpleNamespace(
+        instance_id="dies",
         cache_config=SimpleNamespace(block_size=32, sliding_window=None),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         model_config=SimpleNamespace(
@@ -235,7 +236,7 @@ def test_an_engine_that_dies_at_its_start(parse: Parse, monkeypatch: pytest.Monk
     stock = Platform("cuda", "no adapter")
     for error, text in ((StartError, "the engine didn't start"), (StartError, "no tokenizer"), (RuntimeError, "a bug")):
         with pytest.raises(error, match=text):
-            asyncio.run(serve(parse(str(tmp_path), "--port", str(free_port())), {"policy": "none"}, stock))
+            asyncio.run(serve(parse("owner/name", "--port", str(free_port())), {"policy": "none"}, stock))
         errors.pop(0)
 
 

