@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 from argparse import Namespace
-from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -44,7 +43,7 @@ _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_proc
                   "vllm.stat_logger_plugins")  # fmt: skip
 # It downloads what clients name, so vLLM takes its being on the list for consent, which is the user's to give.
 _ONLY_BY_NAME = "lora_hf_hub_resolver"
-_CLOSING = 5.0
+_CLOSING = 5
 """Seconds that open connections have to end when the engine has."""
 _OUTERMOST = "server.error_counter.ErrorCounter"
 
@@ -122,11 +121,12 @@ async def serve(args: Namespace, default: dict[str, Any], platform: Platform) ->
             if platform.unavailable is None:
                 await _ask_workers(engine)
             await engine.reset_mm_cache()  # vLLM's warm-up left dummy data there
-            shutdown = await build_and_serve(engine, address, sock, args, http=guarded(limits))
+            # The timeout: else a client that doesn't read its answer would hold the server up forever.
+            closing: dict[str, Any] = {"timeout_graceful_shutdown": _CLOSING, "http": guarded(limits)}
+            shutdown = await build_and_serve(engine, address, sock, args, **closing)
         finally:
             engine.shutdown(timeout=engine.vllm_config.shutdown_timeout)
-        with suppress(TimeoutError):  # a client that doesn't read its answer holds its connection
-            await asyncio.wait_for(shutdown, _CLOSING)
+        await shutdown  # open connections end when the engine has
         if engine.drained is False:
             raise KeyboardInterrupt
         if engine.drained is None:

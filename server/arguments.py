@@ -32,6 +32,11 @@ EMBEDDED_CACHE_BYTES = 1 << 30
 DRAIN_SECONDS = 25
 """What a server that is told to stop gives the requests under way: 5 s are left of the 30 of Kubernetes."""
 
+_SUPERVISE = (
+    "Start the server again when it ends without being told to, such as when its engine dies. Leave it out where "
+    "something else does: Kubernetes, systemd, docker run --restart. On the command line only."
+)
+
 
 class _Parser(FlexibleArgumentParser):
     """vLLM's parser, with a proposal for a flag that doesn't exist."""
@@ -72,6 +77,8 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_limit_flags(parser)
     add_console_flags(parser)
     add_access_flags(parser)
+    group = parser.add_argument_group("Supervision", "Who starts the server again when its engine has died.")
+    group.add_argument("--supervise", action="store_true", help=_SUPERVISE)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)
@@ -88,6 +95,8 @@ def parse(argv: list[str], platform: Platform, command: str = "serve") -> Namesp
     argv = split_config(argv)
     read_config(argv)
     args: Namespace = make_parser(platform, command).parse_args(argv)
+    if args.supervise:  # the command takes it out before it gets here
+        raise StartError("--supervise goes on the command line of `longreach serve`, not in a config file")
     args.model = args.model_tag or args.model
     args.subparser = "serve"  # some of vLLM's checks ask for it
     try:

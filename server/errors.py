@@ -6,8 +6,6 @@ import errno
 from enum import IntEnum
 from typing import Any
 
-from pydantic import ValidationError
-
 
 class Exit(IntEnum):
     """Exit codes of a server that doesn't start, or doesn't stop as it was told to (docs/faults.md)."""
@@ -59,6 +57,8 @@ def _part(part: Any) -> str:
 
 def one_line(error: BaseException) -> str:
     """The message of an error of vLLM's or a library's, without its line breaks and pydantic's frame."""
+    from pydantic import ValidationError  # not above: a supervisor needs the codes alone
+
     if isinstance(error, ValidationError):
         text = "; ".join(dict.fromkeys(map(_part, error.errors(include_url=False))))
     elif isinstance(error, KeyError) and error.args:  # str() of it is quoted

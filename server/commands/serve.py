@@ -6,6 +6,8 @@ import argparse
 
 from server.commands.ending import start_errors
 
+SUPERVISE = "--supervise"
+
 
 def parser() -> argparse.ArgumentParser:
     from server.arguments import make_parser
@@ -15,6 +17,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> None:
+    if SUPERVISE in argv and not {"-h", "--help"} & {*argv}:
+        from server.supervisor import supervise
+
+        raise SystemExit(supervise([word for word in argv if word != SUPERVISE]))
     from kvcache.vllm_adapter.compat import check
     from server.errors import StartError
     from server.platforms import NO_DEVICE, detect, prepare

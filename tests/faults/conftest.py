@@ -1,4 +1,4 @@
-"""One server of their own for tests that break it: a tiny model, two requests at a time."""
+"""One supervised server of their own for tests that break it: a tiny model, two requests at a time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from tests.tiny_model import write_tiny_model, write_tiny_tokenizer
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("faults")
     write_tiny_tokenizer(write_tiny_model(folder / "tiny"))
-    flags = ["--served-model-name", "tiny", "--kv-cache-memory-bytes", str(100 << 20), "--max-num-seqs", "2"]
+    flags = [
+        "--supervise",
+        "--served-model-name",
+        "tiny",
+        "--kv-cache-memory-bytes",
+        str(100 << 20),
+        "--max-num-seqs",
+        "2",
+    ]
     with running_server(Path(folder / "log"), str(folder / "tiny"), *flags) as server:
         yield server
