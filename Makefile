@@ -3,7 +3,7 @@
 #   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
 #   make test ARGS='-m "not browser"'  lint and tests; what these want of Debian is in requirements/debian.txt, and .ci/run
 #                                      installs it. (browser: the console's, which drive Chromium; e2e: all with servers)
-#   make lint | quality | docs | tools | clean
+#   make lint | quality | docs | tools | upgrade-check VLLM=VERSION | clean
 #
 # Variables
 #   PYTHON    interpreter that makes .venv (3.11 or newer)
@@ -31,7 +31,7 @@ REQUIREMENTS_cuda := requirements/model.txt
 # Checkers of deploy/ that aren't libraries.
 TOOLS := $(VENV)/.tools
 
-.PHONY: serve test lint format quality docs audit tools clean venv
+.PHONY: serve test lint format quality docs audit tools upgrade-check clean venv
 
 venv: $(STAMP)
 
@@ -93,6 +93,10 @@ audit: $(STAMP)
 
 docs: $(STAMP)
 	PYTHONPATH=. $(BIN)/python docs/build.py
+
+# What breaks with another release of vLLM: make upgrade-check VLLM=0.33.0 ARGS='tests/server'
+upgrade-check: $(STAMP)
+	$(BIN)/python -m tests.upgrade $(VLLM) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

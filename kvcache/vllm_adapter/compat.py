@@ -1,14 +1,19 @@
 """Everything private of vLLM's that Longreach stands on, in one place, with a check at start-up.
 
-Public plug-in points (worker class, scheduler class, attention backend, KV cache spec, endpoint plugin) are not
-listed. When vLLM moves on, this list says what to look at; until then the server refuses to start.
+Of public plug-in points (worker class, scheduler class, attention backend, KV cache spec) what we override is listed.
+When vLLM moves on, this list says what to look at; until then the server refuses to start. `signatures.json` has the
+parameters of all that is listed and of every import: a changed one is told by name.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 VLLM_VERSION = "0.32.0"
@@ -27,7 +32,15 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_MANAGER, "FullAttentionManager.pop_blocks_for_free", ("request_id",)),
     (_MANAGER, "FullAttentionManager._remove_blocks_in_range", ("request_id", "first_block", "last_block")),
     (_MANAGER, "register_all_kvcache_specs", ("vllm_config",)),
+    (_MANAGER, "SingleTypeKVCacheManager.__init__", ("kv_cache_spec", "block_pool", "enable_caching")),
+    ("vllm.v1.kv_cache_interface", "FullAttentionSpec.__init__", ("block_size", "num_kv_heads", "head_size", "dtype")),
+    ("vllm.v1.attention.backend", "AttentionBackend.customize_spec", ()),
+    ("vllm.v1.attention.backend", "AttentionBackend.supported_kv_cache_layouts", ()),
     # kvcache.vllm_adapter.scheduler overrides these
+    (_SCHEDULER, "Scheduler.__init__", ("vllm_config", "kv_cache_config", "block_size")),
+    (_SCHEDULER, "Scheduler.add_request", ("request",)),
+    (_SCHEDULER, "Scheduler.schedule", ()),
+    (_SCHEDULER, "Scheduler.update_from_output", ("scheduler_output", "model_runner_output")),
     (_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("request",)),
     (_SCHEDULER, "Scheduler._reserve_prefill_lookahead", ("request", "num_computed_tokens", "num_new_tokens")),
     (_SCHEDULER, "Scheduler._connector_finished", ("request",)),
@@ -45,6 +58,7 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.block_pool", "BlockHashToBlockMap.contain", ("key", "block_id")),
     ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.popleft_n", ("n",)),
     # server.engine overrides or calls these
+    ("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", ("timeout",)),
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", ("engine_client", "sock", "args")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context", "stat_loggers")),
@@ -53,11 +67,14 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.metrics.loggers", "StatLoggerBase.record", ("scheduler_stats", "iteration_stats", "engine_idx")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method",)),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
+    # attention_plugins.vllm_adapter.worker
+    ("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ()),
     # attention_plugins.vllm_adapter.rotary reads what this is given
     (_ROPE, "RotaryEmbedding.forward_static", ("rotary_dim", "cos_sin_cache", "is_neox_style")),
     # server.inprocess starts this one
     ("vllm.v1.engine.llm_engine", "LLMEngine.__init__", ("vllm_config", "executor_class", "multiprocess_mode")),
     # server.arguments builds vLLM's parser
+    ("vllm.utils.argparse_utils", "FlexibleArgumentParser.error", ("message",)),
     ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
 )
@@ -74,6 +91,12 @@ PRIVATE_CPU: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_embedding", ("y", "x")),
     ("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_logits", ("y", "x")),
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ()),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_builder_cls", ()),
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_impl_cls", ()),
+    ("vllm.v1.core.kv_cache_utils", "check_enough_kv_cache_memory", ("kv_cache_spec", "available_memory")),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ()),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory", ()),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", ()),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.initialize_from_config", ()),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", ("scheduler_output",)),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.sample_tokens", ("grammar_output",)),  # its runner's generators, too
@@ -91,6 +114,12 @@ PRIVATE_CUDA: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_GRAPHS, "CudaGraphManager._init_candidates", ()),  # fills _candidates and _capture_descs
     (_GRAPHS, "ModelCudaGraphManager.run_fullgraph", ("desc",)),
     (_GRAPHS, "CudaGraphManager.dispatch", ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras")),
+    (_FLASH, "FlashAttentionBackend.get_name", ()),
+    (_FLASH, "FlashAttentionBackend.get_builder_cls", ()),
+    (_FLASH, "FlashAttentionBackend.get_impl_cls", ()),
+    (_GRAPHS, "CudaGraphManager.release_graphs", ()),
+    ("vllm.v1.worker.gpu_worker", "Worker.init_device", ()),
+    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ()),
     ("vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ()),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ()),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ()),
@@ -98,6 +127,11 @@ PRIVATE_CUDA: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", ("grammar_output",)),
 )
 PLATFORMS = {"cpu": PRIVATE_CPU, "cuda": PRIVATE_CUDA}
+
+
+SIGNATURES = Path(__file__).with_name("signatures.json")
+"""Written by `tests/signatures.py`, which finds what belongs into it."""
+_MARKS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 class IncompatibleVLLM(RuntimeError):
@@ -124,6 +158,35 @@ def problems(platform: str | None = None) -> list[str]:
     return [problem for entry in PRIVATE + PLATFORMS.get(platform or "", ()) if (problem := _problem(*entry))]
 
 
+@cache
+def known() -> dict[str, str]:
+    """By `module:name`, the fingerprints that Longreach was written for; those of CUDA's builds alone are empty."""
+    content: dict[str, str] = json.loads(SIGNATURES.read_text())
+    return content
+
+
+def fingerprint(thing: Any) -> str:
+    """Parameters of a function, with `=` behind those that may be left out; else what kind of thing it is."""
+    if inspect.isclass(thing):
+        return "class"
+    if isinstance(thing, ModuleType):
+        return "module"
+    if isinstance(thing, property):
+        return "property"
+    if not callable(thing):
+        return type(thing).__name__
+    try:
+        parameters = inspect.signature(getattr(thing, "__func__", thing)).parameters.values()
+    except (ValueError, TypeError):
+        return "callable"
+    return f"({', '.join(map(_parameter, parameters))})"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    optional = "" if parameter.default is inspect.Parameter.empty else "="
+    return f"{_MARKS.get(parameter.kind, '')}{parameter.name}{optional}"
+
+
 def check(platform: str | None = None) -> None:
     """Raises:
     IncompatibleVLLM: with everything that doesn't fit.
@@ -142,4 +205,5 @@ def _problem(module: str, path: str, parameters: tuple[str, ...]) -> str | None:
         return f"{where} is gone"
     if missing := [name for name in parameters if name not in inspect.signature(target).parameters]:
         return f"{where} no longer takes {', '.join(missing)}"
-    return None
+    was, now = known().get(f"{module}:{path}"), fingerprint(target)
+    return f"{where} takes {now}, Longreach knows {was}" if was and was != now else None

@@ -17,6 +17,7 @@ from kvcache.vllm_adapter.compat import (
     IncompatibleVLLM,
     check,
     installed_version,
+    known,
     problems,
 )
 from server.platforms import NO_DEVICE
@@ -81,7 +82,11 @@ def test_everything_listed_is_missed_when_changed(
         """What a later vLLM might make of it."""
 
     monkeypatch.setattr(target, name, narrower)
-    expected = [f"{module}.{path} no longer takes {', '.join(parameters)}"] if parameters else []
+    expected, was = [], known()[f"{module}:{path}"]
+    if parameters:
+        expected = [f"{module}.{path} no longer takes {', '.join(parameters)}"]
+    elif was != "(self)":
+        expected = [f"{module}.{path} takes (self), Longreach knows {was}"]
     assert problems(platform) == expected
     monkeypatch.setattr(target, name, original)
     assert problems(platform) == []
