@@ -11,6 +11,9 @@ from server.model_layers import CHUNKED, FULL, LINEAR, SLIDING, layer_kinds
 POLICIES, SELECTORS, PATTERNS = "KV-cache policies", "decode selectors", "prefill patterns"
 CACHES = {"cpu": ("auto", "float16", "bfloat16"), "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")}
 
+CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM's CPU attention kernel; vLLM has a list, too, which lacks 48 and isn't looked at on CPUs."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -59,6 +62,12 @@ def _caps_logits(config: Any, platform: str) -> bool:
     return bool(getattr(_text(config), "attn_logit_softcapping", None))
 
 
+def _no_cpu_kernel(config: Any, platform: str) -> bool:
+    return (
+        platform == "cpu" and FULL in layer_kinds(config) and config.model_config.get_head_size() not in CPU_HEAD_SIZES
+    )
+
+
 def _no_full_attention(config: Any, platform: str) -> bool:
     return FULL not in layer_kinds(config)
 
@@ -105,6 +114,9 @@ MODELS: tuple[Rule, ...] = (
          why="readers and estimators have no sink; policies' attention has"),
     Rule("soft caps on attention logits", _caps_logits,
          "--decode-selectors none does without", (SELECTORS, PATTERNS), why="readers and estimators have no cap"),
+    Rule("full-attention heads of a size that vLLM's CPU kernel doesn't have", _no_cpu_kernel,
+         f"it has {', '.join(map(str, CPU_HEAD_SIZES))}",
+         why="vLLM itself starts, and its engine dies at the first request"),
     Rule("FP8 weights on CPUs", lambda config, platform: platform == "cpu"
          and config.model_config.quantization == "fp8", why="vLLM's CPU build has no kernel for them"),
 )  # fmt: skip

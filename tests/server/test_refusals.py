@@ -190,6 +190,39 @@ def test_selectors_do_not_know_all_that_policies_do(configure: Configure, conten
                 refuse(config, platform)
 
 
+def test_heads_that_cpus_have_no_kernel_for(configure: Configure) -> None:
+    """Whatever the other layers are: Mamba 2 with heads of 32 is served, its engine died with heads of 16."""
+    size = "full-attention heads of a size that vLLM's CPU kernel doesn't have"
+    for model in (LLAMA, FALCON_H1):
+        config = configure({**model, "head_dim": 16})
+        assert size in refused(config, "cpu") and "32, 48, 64" in refused(config, "cpu")
+        if model is LLAMA:
+            refuse(config, "cuda")
+        refuse(configure({**model, "head_dim": 32}), "cpu")
+
+
+def test_the_sizes_are_the_kernels() -> None:
+    """Its planner, which an engine calls at every step, refuses the others."""
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    served = []
+    for size in range(8, 520, 8):
+        isa = _get_attn_isa(torch.bfloat16, 32, size)
+        try:
+            ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=1, num_heads=4, num_kv_heads=2, head_dim=size, seq_lens=torch.tensor([40], dtype=torch.int32),
+                dtype=torch.bfloat16, query_start_loc=torch.tensor([0, 40], dtype=torch.int32), causal=True,
+                sliding_window_size=-1, isa=isa, enable_kv_split=False,
+            )  # fmt: skip
+        except RuntimeError as error:
+            assert "Unsupported CPU attention" in str(error)
+        else:
+            served.append(size)
+    assert tuple(served) == rules.CPU_HEAD_SIZES
+
+
 def test_linear_layers_are_served_on_cpus_alone(configure: Configure) -> None:
     config = configure(FALCON_H1)
     assert refused(config, "cuda") == "linear or Mamba layers on GPUs"
