@@ -65,6 +65,7 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # server.pool_logger is one; those that are asked for come before vLLM's own
     ("vllm.v1.metrics.loggers", "StatLoggerManager.__init__", ("custom_stat_loggers",)),
     ("vllm.v1.metrics.loggers", "StatLoggerBase.record", ("scheduler_stats", "iteration_stats", "engine_idx")),
+    ("vllm.v1.metrics.loggers", "StatLoggerBase.log_engine_initialized", ()),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method",)),
     ("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
     # attention_plugins.vllm_adapter.worker
