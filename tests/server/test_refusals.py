@@ -262,7 +262,9 @@ def test_kinds_of_layers(configure: Configure, content: Any, engine_args: Any, k
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_the_zoos_layers_are_told_from_their_configurations(configure: Configure, name: str) -> None:
+def test_the_zoos_layers_are_told_from_their_configurations(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """The engine's own are looked at in tests/models."""
     specimen = ZOO[name]
     make = getattr(transformers, f"{specimen.kind}Config")
@@ -270,7 +272,8 @@ def test_the_zoos_layers_are_told_from_their_configurations(configure: Configure
     content["architectures"] = [content["architectures"][0].replace("Text", "")]
     config = configure(content, max_model_len=MAX_LEN, dtype="bfloat16")
     assert tuple(full_layers(config)) == specimen.full
-    for platform in ("cpu", "cuda"):
+    for platform, runner in RUNNERS.items():
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
         named = {rule.name for rule in rules.refused(config, platform, rules.POLICIES)}
         assert named == {*filter(None, [specimen.refused.get(platform)])}
     found = [rule for rule in rules.refused(config, "cpu", rules.SELECTORS) if rules.POLICIES not in rule.refuses]
