@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.loadtest.profiles import Prompts, parse
-from benchmarks.loadtest.summary import Comparison, Group, Row, Summary, comparisons, first_tokens
+from benchmarks.loadtest.summary import TOO_FEW, Comparison, Group, Row, Summary, comparisons, first_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -222,16 +222,14 @@ def _map(axes: Any, own: dict[tuple[int, int], Comparison], lines: int, columns:
 
 
 def _times(one: Comparison) -> str:
+    """How many times, and the two figures; in brackets what may be chance."""
     both = f"{one.other.compared:.2f} : {one.base.compared:.2f}"
     if one.ratio is None:
         return "cut short" if one.cut else "none good"
-    return (
-        both
-        if math.isinf(one.ratio)
-        else f"{one.ratio:.2g}×\n{both}"
-        if one.ratio < 10
-        else f"{one.ratio:.0f}×\n{both}"
-    )
+    if math.isinf(one.ratio):
+        return both
+    times = f"{one.ratio:.2g}×" if one.ratio < 10 else f"{one.ratio:.0f}×"
+    return f"({times})\n{both}" if one.verdict == TOO_FEW else f"{times}\n{both}"
 
 
 def all_pictures(summary: Summary) -> Sequence[tuple[str, Figure]]:

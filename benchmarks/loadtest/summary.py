@@ -13,6 +13,7 @@ from benchmarks.loadtest.store import Cell, Results
 
 PAYS, COSTS = 1.05, 0.95
 """Times the baseline's figure: from here on compression pays, and from here down it costs."""
+TOO_FEW = "too few requests to tell"
 CHANCE = 2.0
 """Standard deviations that two counts of good requests have to be apart to differ (McNemar's test)."""
 KEEPS_UP = 0.9
@@ -244,7 +245,7 @@ class Comparison:
         if COSTS < ratio < PAYS:
             return "no difference"
         if not self.told_apart:
-            return "too few requests to tell"
+            return TOO_FEW
         return "pays" if ratio >= PAYS else "costs"
 
     @property
@@ -279,7 +280,7 @@ def statuses(cell: Cell) -> str:
 def crossover(found: Sequence[Comparison]) -> str:
     """One sentence of one system's comparisons at several rates."""
     words = {"pays": "pays at", "no difference": "no difference to goodput at", "costs": "costs at",
-             "too few requests to tell": "too few requests to tell at",
+             TOO_FEW: f"{TOO_FEW} at",
              "neither has a good request": "neither has a good request at",
              "cut short": "not known (a load was cut short) at"}  # fmt: skip
     parts = []

@@ -1,4 +1,4 @@
-"""One server of their own for tests that break it: a tiny model, two requests at a time."""
+"""One supervised server of their own for tests that break it: a tiny model, two requests at a time."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from benchmarks.serving import Server
@@ -39,6 +40,51 @@ def ask_all(server: Server, pool: ThreadPoolExecutor, tokens: int = TOKENS) -> l
     return answers
 
 
+def processes(server: Server) -> dict[str, psutil.Process]:
+    """The supervisor's descendants by what vLLM calls them, and `server`, its child."""
+    below = psutil.Process(server.process.pid).children(recursive=True)
+    names = {process.name().removeprefix("VLLM::"): process for process in below}
+    return {"server": psutil.Process(server.process.pid).children()[0], **names}
+
+
+def status(server: Server, path: str) -> int | None:
+    """Of a GET; None where nobody listens."""
+    try:
+        return httpx.get(server.url + path, timeout=10).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_a_killed_engine_is_told_to_its_clients_and_started_again(server: Server) -> None:
+    """Times are printed, for docs/faults.md."""
+    before = processes(server)
+    with ThreadPoolExecutor(8) as pool:
+        answers = ask_all(server, pool, 8000)
+        before["EngineCore"].kill()
+        begin = time.monotonic()
+        for number, answer in enumerate(answers):
+            told, events = answer.result()
+            error = events[-1]["error"]
+            assert (told, error["code"]) == (200 if number % 2 else 503, 503)
+            assert "Send it again" in error["message"]
+        print(f"clients told after {time.monotonic() - begin:.2f} s")
+    assert status(server, "/health") in (503, None)  # None: it has ended already
+    assert status(server, "/ready") in (503, None)
+    while status(server, "/ready") is not None:
+        assert time.monotonic() < begin + 60
+        time.sleep(0.1)
+    print(f"ended after {time.monotonic() - begin:.2f} s")
+    while status(server, "/ready") != 200:
+        assert time.monotonic() < begin + 300 and server.process.poll() is None
+        time.sleep(0.2)
+    print(f"serves again after {time.monotonic() - begin:.2f} s")
+    assert not any(process.is_running() for process in before.values())
+    assert ask(server, 3, False, 5)[0] == 200
+    log = server.log.read_text()
+    assert "longreach: the engine died; its own messages above say why" in log
+    assert "exit code 7 (engine)" in log and "restart 1 of at most 5" in log
+
+
 def test_a_server_that_is_told_to_stop_loses_no_request(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = ask_all(server, pool)
@@ -56,5 +102,7 @@ def test_a_server_that_is_told_to_stop_loses_no_request(server: Server) -> None:
             choices = [event["choices"][0] for event in events]
             assert (status, choices[-1]["finish_reason"]) == (200, "length"), number
             assert len("".join(choice["text"] for choice in choices).split()) == TOKENS, number
+    below = processes(server)
     assert server.process.wait(60) == 0
+    assert not any(process.is_running() for process in below.values())
     assert "requests under way have 25 s to finish" in server.log.read_text()

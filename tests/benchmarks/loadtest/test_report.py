@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.loadtest import report
-from benchmarks.loadtest.plots import full_load
+from benchmarks.loadtest.plots import _times, full_load
 from benchmarks.loadtest.records import DONE, UNFINISHED, Goals, Record
 from benchmarks.loadtest.report import write_report
 from benchmarks.loadtest.store import Cell, Conflict, Key, Store, load
-from benchmarks.loadtest.summary import comparisons, first_tokens, summarize
+from benchmarks.loadtest.summary import TOO_FEW, comparisons, first_tokens, summarize
 from benchmarks.loadtest.tables import at_least, crossover_table, keeping_up, main_table, sentences
 from benchmarks.loadtest.watch import COUNTERS, sums
 
@@ -162,7 +162,7 @@ def test_the_crossover_is_where_goodput_differs_by_more_than_chance(tmp_path: Pa
 @pytest.mark.parametrize(
     ("rate", "stock", "other", "unfinished", "verdict"),
     [
-        (1.0, 19, 5, 0, "costs"), (1.0, 4, 6, 0, "too few requests to tell"), (1.0, 0, 9, 0, "pays"),
+        (1.0, 19, 5, 0, "costs"), (1.0, 4, 6, 0, TOO_FEW), (1.0, 0, 9, 0, "pays"),
         (1.0, 0, 0, 0, "neither has a good request"), (math.inf, 0, 0, 1, "cut short"),
         (math.inf, 0, 0, 0, "no difference"),
     ],
@@ -170,7 +170,9 @@ def test_the_crossover_is_where_goodput_differs_by_more_than_chance(tmp_path: Pa
 def test_verdicts(tmp_path: Path, rate: float, stock: int, other: int, unfinished: int, verdict: str) -> None:
     folder = stored(tmp_path, cell("stock", rate, stock, unfinished), cell("snapkv", rate, other))
     summary = summarize(load([folder]))
-    assert [one.verdict for one in comparisons(summary, summary.groups[0])] == [verdict]
+    [found] = comparisons(summary, summary.groups[0])
+    assert found.verdict == verdict
+    assert _times(found).startswith("(") == (verdict == TOO_FEW), "the picture's brackets"
 
 
 def test_pools_are_compared_each_with_itself(tmp_path: Path) -> None:
