@@ -1,8 +1,8 @@
 # Longreach. `make serve` and `make test` build .venv when it is missing or older than pyproject.toml.
 #
 #   make serve ARGS='--port 8000'      the server (no model named: the embedded one)
-#   make test ARGS='-m "not browser"'  lint and tests; what these want of Debian is in requirements/debian.txt, and .ci/run
-#                                      installs it. (browser: the console's, which drive Chromium; e2e: all with servers)
+#   make test ARGS='-m "not browser"'  lint and tests; what these want of Debian (requirements/debian.txt) is installed where
+#                                      root runs this. (browser: the console's, which drive Chromium; e2e: all with servers)
 #   make lint | quality | docs | tools | upgrade-check VLLM=VERSION | clean
 #
 # Variables
@@ -69,8 +69,17 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint $(TOOLS)
+test: debian lint $(TOOLS)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Tests of what is missing say so, too.
+debian:
+	@missing=$$(for name in $$(cat requirements/debian.txt); do dpkg-query -W -f '$${Status}' $$name 2> /dev/null | grep -q '^install ok installed' || echo $$name; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "longreach: installing what tests want of Debian:" $$missing; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing > /dev/null; \
+	else echo "longreach: tests want of Debian:" $$missing "(apt-get install them)" >&2; fi
 
 tools: $(TOOLS)
 
