@@ -48,6 +48,11 @@ def share(part: str, whole: str) -> str:
     return f"{part} / {whole}"
 
 
+def mean(total: str, number: str, by: str) -> str:
+    """Of what happened; a line by a label that nothing happened to is left out."""
+    return share(rate(total, by), f"({rate(number, by)} > 0)")
+
+
 TOKENS = rate("vllm:generation_tokens_total")
 BLOCKS = f"longreach_kv_blocks{OF}"
 STEPS = rate("longreach_decode_steps_total", "selector")
@@ -205,10 +210,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 (
                     "{{policy}}",
-                    share(
-                        rate("longreach_kv_tokens_kept_total", "policy"),
-                        rate("longreach_kv_tokens_seen_total", "policy"),
-                    ),
+                    mean("longreach_kv_tokens_kept_total", "longreach_kv_tokens_seen_total", "policy"),
                 ),
             ),
             "Share of compacted requests' prompt tokens that stays, by policy. What is left of 1 is memory given back.",
@@ -230,10 +232,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 (
                     "{{policy}}",
-                    share(
-                        rate("longreach_kv_compaction_seconds_total", "policy"),
-                        rate("longreach_kv_compactions_total", "policy"),
-                    ),
+                    mean("longreach_kv_compaction_seconds_total", "longreach_kv_compactions_total", "policy"),
                 ),
             ),
             "Mean by policy; part of the time to the second token. Policies differ by a factor of a hundred "

@@ -54,10 +54,11 @@ def test_answers_are_compared_as_far_as_they_got(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(stress, "run", run)
     monkeypatch.setattr(stress, "say", lambda **row: rows.append(row))
-    pool = SimpleNamespace(num_gpu_blocks=9, get_num_free_blocks=lambda: 8)
-    invariants: Any = SimpleNamespace(scheduler=None, pool=pool, peak=3, checks=5)
+    audit: Any = SimpleNamespace(used=0, peak=3, checks=5)
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=None))
+    llm = SimpleNamespace(reset_prefix_cache=lambda: None, llm_engine=SimpleNamespace(engine_core=core))
     jobs = [Job("r0", [1], {"policy": "none"}, 3, 2), Job("r1", [1, 2], {"policy": "snapkv"}, 3, None)]
-    compare(SimpleNamespace(reset_prefix_cache=lambda: None), jobs, invariants, 2)
+    compare(llm, jobs, audit, 2)
     assert rows[1]["compared_with_alone"] == 2 and rows[1]["same"] == 1
     assert rows[1]["compacted"] == rows[1]["different_compacted"] == 1
     assert [row["name"] for row in rows[1]["different"]] == ["r1"]
