@@ -89,6 +89,7 @@ ADVICE = {
     "--api-key-file": "Microseconds a request. Set it wherever others than you can reach the server.",
     "--open-paths": "Add /metrics where its readers can't send a key and strangers can't reach it.",
     "--client-timeout": "Lower it where strangers connect, raise it for clients on very slow lines.",
+    "--supervise": "A small parent process. For machines where nothing else starts a dead server again.",
     "--no-console": "The page costs nothing until it is opened. For servers that show nothing but the API.",
 }
 

@@ -21,6 +21,7 @@ from server.early import check_folder
 from server.embedded import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.embedded_models import NAMED, SMOLLM2
 from server.errors import StartError, one_line
+from server.flags import On, add_setting
 from server.limits import add_limit_flags
 from server.platforms import NO_DEVICE, Platform, stand_in
 from server.prefill_settings import add_prefill_flags
@@ -78,7 +79,7 @@ def make_parser(platform: Platform, command: str = "serve") -> FlexibleArgumentP
     add_console_flags(parser)
     add_access_flags(parser)
     group = parser.add_argument_group("Supervision", "Who starts the server again when its engine has died.")
-    group.add_argument("--supervise", action="store_true", help=_SUPERVISE)
+    add_setting(group, "--supervise", _SUPERVISE, On)
     make_arg_parser(parser)
     eager = {"enforce_eager": True} if platform.name == "cpu" else {}
     parser.set_defaults(model=None, host="127.0.0.1", shutdown_timeout=DRAIN_SECONDS, **eager)

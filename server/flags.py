@@ -36,6 +36,16 @@ class Off(Setting):
         setattr(namespace, self.dest, False)
 
 
+class On(Setting):
+    """A flag without a value that turns on what is off without it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs=0, default=False, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, True)
+
+
 def add_setting(group: Any, flag: str, text: str, action: type[Setting] = Setting, **more: Any) -> None:
     """Add a flag of ours to a parser's group, its help with what it costs.
 

@@ -24,5 +24,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--max-num-seqs",
         "2",
     ]
-    with running_server(Path(folder / "log"), str(folder / "tiny"), *flags) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        # What is imported by other tests makes vLLM quiet, and the log is looked at.
+        patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+        with running_server(Path(folder / "log"), str(folder / "tiny"), *flags) as server:
+            yield server

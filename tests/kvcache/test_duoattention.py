@@ -166,4 +166,4 @@ def test_other_allocators_are_refused(field: str, part: str) -> None:
 def test_a_budget_is_refused() -> None:
     with pytest.raises(PolicyError, match="has no such argument") as caught:
         make_policy({"policy": "duoattention", "budget": 512})
-    assert caught.value.allowed == "gates, sparsity, sinks, suffix, recent"
+    assert caught.value.allowed == "gates, sparsity, sinks, suffix, recent, report"

@@ -63,7 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"policy": "none", "interval": 64}, "interval", "takes no arguments", "no further fields"),
     ({"policy": "none", "suffix": 64}, "suffix", "takes no arguments", "no further fields"),
     ({"policy": "duoattention", "interval": 64}, "interval", "duoattention has no such argument",
-     "gates, sparsity, sinks, suffix, recent"),
+     "gates, sparsity, sinks, suffix, recent, report"),
 ]  # fmt: skip
 
 

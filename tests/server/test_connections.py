@@ -106,7 +106,7 @@ def test_the_slow_client_is_told(connect: Connect) -> None:
     sock = connect()
     sock.sendall(GET)
     told = rest(sock)
-    assert told.startswith(b"HTTP/1.1 408 Request Timeout") and b'"type": "RequestTimeoutError"' in told
+    assert told.startswith(b"HTTP/1.1 408 Request Timeout") and b'"type":"RequestTimeoutError"' in told
 
 
 def test_a_second_head_has_its_time_too(connect: Connect) -> None:
