@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -22,23 +23,19 @@ class Profile(BaseModel):
     about: ClassVar[str]
     output: PositiveInt = Field(256, description="tokens of each answer")
 
+    @abstractmethod
     def conversations(self, requests: int, seed: int) -> list[Conversation]:
         """Of so many requests all together, in the order in which they arrive."""
-        return [Conversation((self.turn(number, seed),)) for number in range(requests)]
-
-    def turn(self, number: int, seed: int) -> Turn:
-        """The request with this number, of profiles whose requests don't follow each other."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def longest(self) -> int:
         """Tokens that the longest request needs, prompt and answer."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """What it asks, for headings."""
-        raise NotImplementedError
 
     @property
     def title(self) -> str:
@@ -46,7 +43,18 @@ class Profile(BaseModel):
         return ",".join([self.name, *(f"{key}={value:g}" for key, value in self.model_dump().items())])
 
 
-class Prompts(Profile):
+class Independent(Profile):
+    """One whose requests don't follow each other."""
+
+    def conversations(self, requests: int, seed: int) -> list[Conversation]:
+        return [Conversation((self.turn(number, seed),)) for number in range(requests)]
+
+    @abstractmethod
+    def turn(self, number: int, seed: int) -> Turn:
+        """The request with this number."""
+
+
+class Prompts(Independent):
     name = "prompts"
     about = "independent prompts of one length"
     prompt: PositiveInt = Field(2048, description="tokens of each prompt")
@@ -63,7 +71,7 @@ class Prompts(Profile):
         return self.prompt + self.output
 
 
-class Document(Profile):
+class Document(Independent):
     name = "document"
     about = "one document and many questions about it, then the next document"
     document: PositiveInt = Field(16_384, description="tokens of a document")
@@ -83,7 +91,7 @@ class Document(Profile):
         return self.document + self.question + self.output
 
 
-class Prefix(Profile):
+class Prefix(Independent):
     name = "prefix"
     about = "one prefix that all requests share, such as instructions with examples, and a prompt of their own"
     prefix: PositiveInt = Field(8192, description="tokens that all share")
@@ -133,7 +141,7 @@ class Agent(Profile):
         return max(self.start, self.longest_prompt) + self.output
 
 
-class Mixed(Profile):
+class Mixed(Independent):
     name = "mixed"
     about = "short prompts with long ones among them"
     short: PositiveInt = Field(1024, description="tokens of a short prompt")
