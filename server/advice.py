@@ -62,6 +62,7 @@ ADVICE = {
     "--prefill-warm-up": "Seconds at the start for each, saved by the first request that names it.",
     "--prefill-min-context": "The default is where it breaks even on an H100. 0 for tests.",
     "--prefill-dense-layers": "Each costs its dense attention. Raise it where a pattern loses too much.",
+    "--prefill-dense-last": "Costs as many rows of dense attention; 128 holds most questions at a prompt's end.",
     "--prefill-stride": "xattention: 16 halves the estimate's cost. strided: the model's own.",
     "--prefill-threshold": "Time grows with it. Raise it when answers differ from dense ones.",
     "--prefill-gamma": "flexprefill: time grows with it. delta: a smaller one costs more and corrects more.",

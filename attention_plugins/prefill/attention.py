@@ -77,6 +77,6 @@ def run(
     Returns:
         float32 [q_len, num_heads, head_dim], and the next chunk's `carry`.
     """
-    plan = pattern.plan(chunk)
+    plan = pattern.planned(chunk)
     out, _ = sparse_attention(chunk, values, plan)
     return pattern.correct(chunk, values, plan, out, carry, dense_rows)

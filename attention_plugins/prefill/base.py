@@ -105,6 +105,11 @@ class Chunk:
         """Position of the first query."""
         return self.k_len - self.q_len
 
+    def block_of(self, position: int) -> int:
+        """First row, counted from the chunk's start, of the block of queries that this position lies in; not below 0,
+        and behind the chunk's end for positions that are."""
+        return max(0, (position - self.offset) // ROWS * ROWS)
+
     @cached_property
     def grid(self) -> Grid:
         return self.shared or Grid(self.q_len, self.k_len, self.unit, self.queries.device)
@@ -150,6 +155,13 @@ class Plan:
         filled block or unit counts as one."""
         return self.mask.sum((1, 2)) / self.grid.visible.sum()
 
+    def dense_from(self, row: int) -> Plan:
+        """This plan, and all there is for the blocks from this row of the chunk on."""
+        if row >= self.grid.q_len:
+            return self
+        late = torch.arange(self.grid.q_blocks, device=self.mask.device) * ROWS >= row
+        return Plan.forced(self.mask | late[:, None], self.grid)
+
     def by_kv_head(self, num_kv_heads: int) -> Plan:
         """What the query heads of each group need between them, for executors that read keys once for a group."""
         return Plan(self.mask.unflatten(0, (num_kv_heads, -1)).any(1), self.grid)
@@ -161,6 +173,7 @@ class PatternArgs(Arguments):
     # Measured: docs/results.md, "CUDA: sparse prefill".
     min_context: int = Field(16384, ge=0, description="Chunks that see fewer tokens are attended densely.")
     dense_layers: int = Field(0, ge=0, description="First layers, which are attended densely.")
+    dense_last: int = Field(0, ge=0, description="Last tokens of a prompt, whose queries are attended densely.")
 
 
 DenseRows = Callable[[Chunk, "torch.Tensor | Reader", torch.Tensor], torch.Tensor]
@@ -207,6 +220,12 @@ class Pattern(Method):
     @abstractmethod
     def plan(self, chunk: Chunk) -> Plan:
         """What is computed of this chunk. Waits for nothing on the GPU, unless the class says so."""
+
+    def planned(self, chunk: Chunk) -> Plan:
+        """`plan`, and what `dense_last` adds: whole blocks of 128 queries, so often a few more. The prompt's length has
+        to be known before its last chunk, or only that chunk's rows are dense."""
+        plan, last = self.plan(chunk), self.args.dense_last
+        return plan.dense_from(chunk.block_of(chunk.prompt_end - last)) if last else plan
 
     def correct(
         self,

@@ -57,13 +57,14 @@ class Delta(Pattern):
     def dense_from(self, chunk: Chunk) -> int:
         """First row, counted from the chunk's start, of the dense rows at the prompt's end; may lie behind its end."""
         gamma = self.args.gamma
-        first = chunk.prompt_end - chunk.prompt_end % gamma - max(ROWS, gamma) - chunk.offset
-        return max(0, first // ROWS * ROWS)
+        return chunk.block_of(chunk.prompt_end - chunk.prompt_end % gamma - max(ROWS, gamma))
 
     def plan(self, chunk: Chunk) -> Plan:
-        plan = self.base.plan(chunk)
-        last = torch.arange(plan.grid.q_blocks, device=plan.mask.device) * ROWS >= self.dense_from(chunk)
-        return Plan.forced(plan.mask | last[:, None], plan.grid)
+        return self.base.planned(chunk).dense_from(self.dense_from(chunk))
+
+    def planned(self, chunk: Chunk) -> Plan:
+        """`plan`: the base has the argument."""
+        return self.plan(chunk)
 
     def correct(
         self,

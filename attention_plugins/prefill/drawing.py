@@ -15,7 +15,9 @@ def block_plan(chunk: Chunk, chosen: torch.Tensor, block: int) -> Plan:
     return Plan.forced(chunk.grid.from_blocks(chosen, block), chunk.grid)
 
 
-def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor) -> Plan:
+def block_stripes(
+    chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor | None = None
+) -> Plan:
     """The plan of columns and diagonals of 128 tokens, and single blocks.
 
     Args:
@@ -23,8 +25,8 @@ def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, 
         blocks: bool [heads, q_blocks, k_blocks].
     """
     grid = chunk.grid
-    mask = grid.from_blocks(columns, ROWS)[:, None] | along(chunk, diagonals) | grid.from_blocks(blocks, ROWS)
-    return Plan.forced(mask, grid)
+    mask = grid.from_blocks(columns, ROWS)[:, None] | along(chunk, diagonals)
+    return Plan.forced(mask if blocks is None else mask | grid.from_blocks(blocks, ROWS), grid)
 
 
 def token_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor) -> Plan:

@@ -49,10 +49,13 @@ class FlexPrefill(Pattern):
         ops = chunk.ops
         # Together, so that one look at all of them does.
         sums = ops.last_row_sums(chunk, ROWS) / min(ROWS, chunk.q_len)
-        keys = ops.pooled_keys(chunk, BLOCK)
-        by_means = self.predicted(chunk, sums[0], keys) < self.args.tau
         floor = -(-self.args.min_budget // BLOCK)
         blocks = (ops.count_to_reach(sums, self.args.gamma) // BLOCK + 1).clamp(min=floor)
+        if not self.args.tau:
+            columns, diagonals = ops.top(block_sums(sums, BLOCK), blocks)
+            return ops.block_stripes(chunk, columns, diagonals)
+        keys = ops.pooled_keys(chunk, BLOCK)
+        by_means = self.predicted(chunk, sums[0], keys) < self.args.tau
         columns, diagonals = ops.top(block_sums(sums, BLOCK), blocks.masked_fill(by_means[:, None], floor))
         # A row whose keys are all NaN has no softmax to sum: `cover` then takes all of it.
         spread = ops.block_logits(chunk, BLOCK, keys).softmax(-1)

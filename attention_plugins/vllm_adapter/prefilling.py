@@ -198,7 +198,7 @@ class Prefilling:
         prompt, layer, queries = chunk.prompt, cache.layer, query[places]
         seen = self._chunk(cache, chunk, queries)
         values = self._tokens(cache, chunk, values=True)
-        plan = prompt.pattern.plan(seen) if planned else Plan.full(seen)
+        plan = prompt.pattern.planned(seen) if planned else Plan.full(seen)
         prompt.computed[layer] += plan.mask.sum(dtype=torch.float32) / len(plan.mask)
         out = self.executor.attend(queries, seen, values, plan)
         if planned and prompt.pattern.corrects:

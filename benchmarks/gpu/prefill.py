@@ -40,6 +40,9 @@ PATTERNS: dict[str, Make] = {
     },
     "flexprefill 5 %": lambda n: {"pattern": "flexprefill", "gamma": 0.025, "tau": 0.0, "min_budget": 128},
     "flexprefill 10 %": lambda n: {"pattern": "flexprefill", "gamma": 0.05, "tau": 0.0, "min_budget": 128},
+    "flexprefill 5 % + tail": lambda n: {
+        "pattern": "flexprefill", "gamma": 0.025, "tau": 0.0, "min_budget": 128, "dense_last": 128,
+    },
     "xattention 5 %": lambda n: {"pattern": "xattention", "stride": 16, "threshold": 0.05},
     "xattention 10 %": lambda n: {"pattern": "xattention", "stride": 16, "threshold": 0.1},
     "xattention 10 %, stride 8": lambda n: {"pattern": "xattention", "stride": 8, "threshold": 0.1},

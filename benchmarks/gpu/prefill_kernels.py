@@ -1,12 +1,15 @@
 """What sparse prefill takes per layer and chunk: estimating, building lists, attending, beside dense attention.
 
-python -m benchmarks.gpu.prefill_kernels [--contexts 32768,65536,126976] [--patterns NAME,...] [--no-flex]
+python -m benchmarks.gpu.prefill_kernels [--contexts 32768,65536,126976] [--chunks 8192] [--patterns NAME,...]
+    [--no-flex]
 python -m benchmarks.gpu.prefill_kernels --check | --parts | --tune
 
-A chunk of 8,192 queries at the end of a context, 8B shapes, bfloat16, pages of 16 tokens in random order. Queries and
-keys are random: arguments are set for densities of some percent, which say nothing about real ones. Milliseconds, the
-median; `plan_graph_ms` is the plan inside a CUDA graph, without the time that launches take. --check compares kernels
-with their twins in float32 on a smaller chunk; --parts times the estimators one by one; --tune tries other sizes.
+A chunk of 8,192 queries (or `--chunks`) at the end of a context, 8B shapes, bfloat16, pages of 16 tokens in random
+order. Queries and keys are random: arguments are set for densities of some percent, which say nothing about real ones.
+Milliseconds, the median; `plan_graph_ms` is the plan inside a CUDA graph, without the time that launches take.
+`plan_share` is the eager plan by the attention, `graph_share` the one in a graph, and `under_15_percent_from` the
+density from which that is at most 15 %, if attention takes as long as it has pairs. --check compares kernels with their
+twins in float32 on a smaller chunk; --parts times the estimators one by one; --tune tries other sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,9 +39,11 @@ CHUNK, PAGE, HEADS, KV_HEADS, DIM = 8192, 16, 32, 8, 128
 
 WORDS: dict[str, dict[str, Any]] = {
     "flexprefill": {"pattern": "flexprefill", "gamma": 0.04},
+    "flexprefill by columns": {"pattern": "flexprefill", "gamma": 0.04, "tau": 0.0},
     "flexprefill by means": {"pattern": "flexprefill", "gamma": 0.06, "tau": 1.0},
     "xattention 8": {"pattern": "xattention", "threshold": 0.07},
     "xattention 16": {"pattern": "xattention", "threshold": 0.07, "stride": 16},
+    "xattention 32": {"pattern": "xattention", "threshold": 0.07, "stride": 32},
     "minference": {"pattern": "minference", "vertical": 300, "slash": 50},
     "anchor": {"pattern": "anchor"},
     "streaming": {"pattern": "streaming", "window": 6144},
@@ -184,13 +190,19 @@ def near_tenth(case: Case, name: str) -> Pattern:
     return found
 
 
-def measure(context: int, names: list[str], with_flex: bool) -> None:
-    case = Case(context)
+def measure(context: int, chunk: int, names: list[str], with_flex: bool) -> None:
+    case = Case(context, chunk)
     dense_ms = case.dense()
-    pairs = CHUNK * (context - CHUNK / 2)
-    say(what="dense", context=context, ms=dense_ms, tflops=round(4 * DIM * HEADS * pairs / dense_ms / 1e9, 1))
+    pairs = chunk * (context - chunk / 2)
+    say(
+        what="dense",
+        context=context,
+        chunk=chunk,
+        ms=dense_ms,
+        tflops=round(4 * DIM * HEADS * pairs / dense_ms / 1e9, 1),
+    )
     for name in names:
-        row: dict[str, Any] = {"what": name, "context": context}
+        row: dict[str, Any] = {"what": name, "context": context, "chunk": chunk}
         try:
             pattern = near_tenth(case, name)
 
@@ -206,8 +218,12 @@ def measure(context: int, names: list[str], with_flex: bool) -> None:
             row["attend_ms"] = timed(lambda made=made, lists=lists: case.sparse(made, lists))  # type: ignore[misc]
             row["tflops"] = tflops(lists[1], HEADS // len(made.mask), row["attend_ms"])
             row["plan_share"] = round(row["plan_ms"] / row["attend_ms"], 3)
+            if isinstance(row["plan_graph_ms"], float):
+                row["graph_share"] = round(row["plan_graph_ms"] / row["attend_ms"], 3)
+                row["under_15_percent_from"] = round(row["density"] * row["graph_share"] / 0.15, 3)
             row["of_dense"] = round((row["plan_ms"] + row["lists_ms"] + row["attend_ms"]) / dense_ms, 3)
-            if with_flex:
+            # What FlexAttention is compiled for takes minutes: once for a context is enough.
+            if with_flex and chunk == CHUNK:
                 row |= flex(case, made)
         except Exception as error:  # one that doesn't run must not hide the others' times
             row["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -349,6 +365,7 @@ def check() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="32768,65536,126976")
+    parser.add_argument("--chunks", default=str(CHUNK), help="queries of a chunk, multiples of 128")
     parser.add_argument("--patterns", default=",".join(WORDS))
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out, which has to compile")
     parser.add_argument("--check", action="store_true", help="compare with the twins, and time nothing")
@@ -364,8 +381,8 @@ def main() -> None:
         if args.tune:
             tune(contexts[-1])
         if not (args.check or args.parts or args.tune):
-            for context in contexts:
-                measure(context, args.patterns.split(","), not args.no_flex)
+            for context, chunk in product(contexts, map(int, args.chunks.split(","))):
+                measure(context, chunk, args.patterns.split(","), not args.no_flex)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What sparse prefill loses beside dense attention, by pattern.
 
 python -m benchmarks.quality.patterns MODEL_FOLDER|embedded --output FILE.json [--sections needles kl]
-    [--only LABEL ...] [--calibration FILE] [any `serve` flag of vLLM]
+    [--tasks passkey multi-key] [--only LABEL ...] [--calibration FILE] [any `serve` flag of vLLM]
 
-The sections are those of `benchmarks.quality.selectors`: keys that are found among those that dense attention finds,
-and the divergence of the next token's distribution. Rows say what share of the prompts' attention was computed.
-Arguments are scaled to prompts of some 7,000 tokens: published ones are for 128k.
+The sections are those of `benchmarks.quality.selectors`: keys that are found among those that dense attention finds
+(and, `found_all`, with those that it doesn't), and the divergence of the next token's distribution. Rows say what share
+of the prompts' attention was computed. Arguments are scaled to prompts of some 7,000 tokens: published ones are for
+128k.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.selector_cases import ANSWER_TOKENS
 from benchmarks.quality.selectors import BATCH, CACHE, KL, NEEDLES, Results
 from benchmarks.quality.table import EMBEDDED
 
 STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 128, "window": 512, "min_context": 0}
+TAIL = {"dense_last": 128}
+"""A question with the chat template's end has some 30 tokens."""
 PATTERNS: dict[str, dict[str, Any]] = {
     "flexprefill 0.99": {"pattern": "flexprefill", "gamma": 0.99, "min_budget": 512},
     "flexprefill 0.98": {"pattern": "flexprefill", "gamma": 0.98, "min_budget": 512},
@@ -51,11 +55,23 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "xattention 0.8 + delta 64": {
         "pattern": "delta", "gamma": 64, "base": {"pattern": "xattention", "threshold": 0.8, "min_context": 0},
     },
+    "flexprefill 0.98 + tail": {"pattern": "flexprefill", "gamma": 0.98, "min_budget": 512, **TAIL},
+    "flexprefill 0.95 + tail": {"pattern": "flexprefill", "gamma": 0.95, "min_budget": 256, **TAIL},
+    "flexprefill 0.9 + tail": {"pattern": "flexprefill", "gamma": 0.9, "min_budget": 256, **TAIL},
+    "xattention 0.98 + tail": {"pattern": "xattention", "threshold": 0.98, **TAIL},
+    "xattention 0.95 + tail": {"pattern": "xattention", "threshold": 0.95, **TAIL},
+    "xattention 0.9 + tail": {"pattern": "xattention", "threshold": 0.9, **TAIL},
+    "xattention 0.9 + tail, stride 32": {"pattern": "xattention", "threshold": 0.9, "stride": 32, **TAIL},
+    "streaming + tail": {**STREAMING, **TAIL},
+    "streaming + delta 8": {"pattern": "delta", "gamma": 8, "base": STREAMING},
+    "wide streaming + delta 16": {"pattern": "delta", "gamma": 16, "base": {**STREAMING, "window": 1536}},
+    "streaming + delta 16, 8 layers dense": {"pattern": "delta", "gamma": 16, "base": {**STREAMING, "dense_layers": 8}},
+    "streaming + delta 16, 256 last": {"pattern": "delta", "gamma": 16, "base": {**STREAMING, "dense_last": 256}},
     "power": {"pattern": "power"},
     "strided": {"pattern": "strided"},
     "bigbird": {"pattern": "bigbird"},
 }  # fmt: skip
-WORTH = "model", "tokens", "documents", "keys", "seed", "kl_prompts", "kl_tokens", "calibrated", "flags"
+WORTH = "model", "tokens", "documents", "keys", "seed", "tasks", "kl_prompts", "kl_tokens", "calibrated", "flags"
 PROMPTS = 64
 """Most requests of a batch."""
 
@@ -75,6 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     add("model", help="folder of a model with a chat template, or `embedded`")
     add("--output", type=Path, required=True, help="JSON of all rows; rows that are in it aren't measured again")
     add("--sections", nargs="+", choices=[NEEDLES, KL], default=[NEEDLES, KL])
+    add("--tasks", nargs="+", choices=list(ANSWER_TOKENS), default=list(ANSWER_TOKENS), help="of `needles`")
     add("--only", nargs="+", choices=list(PATTERNS), metavar="LABEL", default=list(PATTERNS))
     add("--calibration", type=Path, help="of `longreach calibrate --prefill`, for minference")
     add("--tokens", type=int, default=7000, help="of prompts")

@@ -49,7 +49,11 @@ def go_on(request: int, step: int, token: int, logprobs: Array | None) -> bool:
 
 def together(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that share a batch: those of one selector, since a CUDA graph runs one selector; each pattern by itself."""
-    return [list(own) for _, own in groupby(cells, key=lambda cell: (cell.kind, cell.name))]
+
+    def shared(cell: Cell) -> tuple[str, str]:
+        return cell.kind, cell.label if cell.kind == "pattern" else cell.name
+
+    return [list(own) for _, own in groupby(cells, key=shared)]
 
 
 def named(section: str, cell: Cell) -> Row:
@@ -65,7 +69,8 @@ def divergence(dense: Array, other: Array) -> float:
 def key_rows(
     prompts: Sequence[KeyPrompt], dense: Sequence[frozenset[str]], cell: Sequence[frozenset[str]]
 ) -> list[Row]:
-    """Of every task: keys that a cell finds among those that dense finds, out of all; and so of those far back."""
+    """Of every task: keys that a cell finds among those that dense finds, out of all; and so of those far back. And all
+    that it finds: sometimes one that dense doesn't."""
     rows = []
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         own = [index for index, prompt in enumerate(prompts) if prompt.task == task]
@@ -74,6 +79,7 @@ def key_rows(
             "keys": sum(len(prompts[index].keys) for index in own),
             "dense": sum(len(dense[index]) for index in own),
             "found": sum(len(dense[index] & cell[index]) for index in own),
+            "found_all": sum(len(cell[index]) for index in own),
             "far_keys": sum(len(prompts[index].far) for index in own),
             "far_dense": sum(len(prompts[index].far & dense[index]) for index in own),
             "far_found": sum(len(prompts[index].far & dense[index] & cell[index]) for index in own),
@@ -85,6 +91,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
     """One row for every cell and task; a task's budget of tokens is spent whether it needs it or not."""
     tokenizer = driver.engine.tokenizer
     prompts = key_prompts(tokenizer, args.tokens, args.documents, args.keys, args.seed)
+    prompts = [prompt for prompt in prompts if prompt.task in getattr(args, "tasks", ANSWER_TOKENS)]
     longest([prompt.prompt for prompt in prompts], max(ANSWER_TOKENS.values()), driver.engine.max_model_len)
 
     def answers(cell: Cell) -> tuple[list[frozenset[str]], Counter[str], list[float]]:

@@ -55,6 +55,12 @@ class FakeDriver:
         return [self.told[cell.label][prompt[0]] for prompt, cell in zip(prompts, cells, strict=True)], Counter()
 
 
+def test_selectors_with_other_arguments_share_a_batch_and_patterns_do_not() -> None:
+    quests = make_cells(["quest", "quest,min_context=1"], [], [512])
+    strides = [Cell("pattern", label, 0, {}) for label in ("xattention", "xattention, stride 16")]
+    assert sections.together([*quests, *strides]) == [quests, strides[:1], strides[1:]]
+
+
 def logs(*shares: float) -> Array:
     return np.log(np.array(shares, dtype=np.float32))
 
@@ -137,8 +143,26 @@ def test_keys_that_dense_misses_do_not_count() -> None:
     dense = [frozenset({"11111"}), frozenset({"22222", "44444"})]
     rows = sections.key_rows(prompts, dense, [frozenset(), frozenset({"22222", "33333"})])
     assert rows == [
-        {"task": PASSKEY, "keys": 1, "dense": 1, "found": 0, "far_keys": 0, "far_dense": 0, "far_found": 0},
-        {"task": LIST, "keys": 3, "dense": 2, "found": 1, "far_keys": 2, "far_dense": 1, "far_found": 1},
+        {
+            "task": PASSKEY,
+            "keys": 1,
+            "dense": 1,
+            "found": 0,
+            "found_all": 0,
+            "far_keys": 0,
+            "far_dense": 0,
+            "far_found": 0,
+        },
+        {
+            "task": LIST,
+            "keys": 3,
+            "dense": 2,
+            "found": 1,
+            "found_all": 2,
+            "far_keys": 2,
+            "far_dense": 1,
+            "far_found": 1,
+        },
     ]
 
 

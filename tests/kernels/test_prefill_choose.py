@@ -100,6 +100,7 @@ def test_plans_of_what_was_chosen(case: Case, share: float, device: torch.device
 WORDS = [
     {"pattern": "flexprefill", "gamma": 0.5, "min_budget": 128},
     {"pattern": "flexprefill", "gamma": 0.7, "tau": 0.6, "min_budget": 128},
+    {"pattern": "flexprefill", "gamma": 0.6, "tau": 0.0, "min_budget": 128},
     {"pattern": "flexprefill", "gamma": 1.0},
     {"pattern": "xattention", "threshold": 0.6},
     {"pattern": "xattention", "threshold": 0.8, "stride": 16},

@@ -76,7 +76,7 @@ def test_pools(case: Case, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CASES, Case(300, 4500), Case(128, 256)])
-@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("stride", [8, 16, 32])
 def test_antidiagonals(case: Case, stride: int, dtype: torch.dtype, device: torch.device) -> None:
     chunk, expected = replace(case, dtype=dtype).make(device)
     close(kernels.antidiagonal_masses(chunk, stride), plain.antidiagonal_masses(expected, stride), dtype)
@@ -90,9 +90,10 @@ def test_antidiagonals_of_a_few_heads_at_a_time(device: torch.device, monkeypatc
         close(found, plain.antidiagonal_masses(expected, 8), torch.float32)
 
 
-def test_tiles_that_are_larger_than_pages(device: torch.device) -> None:
-    with pytest.raises(ValueError, match="page"):
-        kernels.antidiagonal_masses(Case(64, 64, page=8).make(device)[0], 16)
+@pytest.mark.parametrize("page", [8, 128])
+def test_tiles_of_several_pages_and_pages_of_several_tiles(page: int, device: torch.device) -> None:
+    chunk, expected = Case(300, 700, page=page).make(device)
+    close(kernels.antidiagonal_masses(chunk, 16), plain.antidiagonal_masses(expected, 16), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["last_row_sums", "column_sums", "antidiagonal_masses", "pooled_keys"])

@@ -38,7 +38,8 @@ def _tile_powers(
         return
     key_head, dim = first_head + head, tl.arange(0, K)
     start = column * STRIDE
-    page = tl.load(table + key_head.to(tl.int64) * width + start // PAGE, mask=start < k_len, other=0)
+    of = table + key_head.to(tl.int64) * width
+    page = tl.load(of + start // PAGE, mask=start < k_len, other=0)
     key = pages + (page * PAGE + start % PAGE) * (2 * DIM)
     query = queries + (key_head * GROUP + member) * DIM
     acc = tl.zeros([M, N], tl.float32)
@@ -49,6 +50,9 @@ def _tile_powers(
             query + number.to(tl.int64)[:, None] * stride + at,
             mask=(number < q_len)[:, None] & (at < DIM)[None, :], other=0.0,
         )  # fmt: skip
+        if STRIDE > PAGE:  # a tile of several pages
+            page = tl.load(of + (start + place) // PAGE, mask=start + place < k_len, other=0)
+            key = pages + (page * PAGE - place // PAGE * PAGE) * (2 * DIM)
         k = tl.load(
             key[:, None] + (place * (2 * DIM) + at)[None, :],
             mask=(start + place < k_len)[:, None] & (at < DIM)[None, :], other=0.0,
@@ -118,15 +122,9 @@ def _masses(
 
 
 def antidiagonal_masses(chunk: Chunk, stride: int) -> torch.Tensor:
-    """See `attention_plugins.prefill.antidiagonals.antidiagonal_masses`.
-
-    Raises:
-        ValueError: tiles don't fit into pages.
-    """
+    """See `attention_plugins.prefill.antidiagonals.antidiagonal_masses`."""
     given = paged(chunk)
-    (kv_heads, group), page = given.heads, given.shape["PAGE"]
-    if page % stride:
-        raise ValueError(f"a page of {page} tokens isn't made of tiles of {stride}")
+    kv_heads, group = given.heads
     rows, blocks, q_blocks = triton.cdiv(chunk.q_len, stride), chunk.grid.k_blocks(ROWS), chunk.grid.q_blocks
     masses = torch.empty(chunk.num_heads, q_blocks, blocks, device=chunk.queries.device)
     slab = max(1, min(kv_heads, BYTES // (4 * group * rows * blocks)))

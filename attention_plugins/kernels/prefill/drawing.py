@@ -128,7 +128,9 @@ def block_plan(chunk: Chunk, chosen: torch.Tensor, block: int) -> Plan:
     return draw(chunk, len(chosen), blocks=chosen, block=block)
 
 
-def block_stripes(chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor) -> Plan:
+def block_stripes(
+    chunk: Chunk, columns: torch.Tensor, diagonals: torch.Tensor, blocks: torch.Tensor | None = None
+) -> Plan:
     """See `attention_plugins.prefill.drawing.block_stripes`."""
     return draw(chunk, len(columns), blocks=blocks, columns=columns, diagonals=diagonals)
 

@@ -66,6 +66,15 @@ def test_formula(gamma: int, first: int) -> None:
     assert set(rows.tolist()) - {0} == set(range(-first % gamma, dense_from, gamma)) - {0}
 
 
+def test_last_rows_of_the_base_are_dense_as_well() -> None:
+    prompt = make_prompt()
+    pattern = make("delta", base={**BASE, "dense_last": 500}, gamma=64)
+    out, _ = run(pattern, prompt.chunk(), prompt.values)
+    dense, _ = dense_attention(prompt.chunk(), prompt.values)
+    torch.testing.assert_close(out[-500:], dense[-500:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out[:-640], dense[:-640], atol=1e-3)
+
+
 @pytest.mark.parametrize("gamma", [64, 100, 300])
 @pytest.mark.parametrize("cuts", [[0, 128], [0, 128, 256, 384, 512, 640, 768, 896, 1024], [0, 512, 640]])
 def test_chunks_carry_the_open_group(gamma: int, cuts: list[int]) -> None:

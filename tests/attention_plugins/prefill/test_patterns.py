@@ -216,6 +216,29 @@ def test_more_is_more(name: str, field: str, values: list[float]) -> None:
         assert (less <= more).all() and less.sum() < more.sum()
 
 
+@pytest.mark.parametrize("name", [name for name in SPARSE if name != "delta"])
+@pytest.mark.parametrize("last", [1, 50, 200])
+@pytest.mark.parametrize("cuts", [[0], [0, 384, 896], [0, 1000]])
+def test_last_rows_are_dense(name: str, last: int, cuts: list[int]) -> None:
+    """And no others than those that share a block of 128 with one, wherever the prompt is cut."""
+    prompt = make_prompt()
+    plain, pattern = make(name), make(name, **SPARSE[name], dense_last=last)
+    dense = 0
+    for chunk, values in prompt.chunks(cuts):
+        mask, wanted = pattern.planned(chunk).mask, plain.planned(chunk).mask
+        for block, first in enumerate(chunk.grid.first_rows.tolist()):
+            if first + 128 > ODD - last or (block == chunk.grid.q_blocks - 1 and chunk.k_len > ODD - last):
+                assert torch.equal(mask[:, block], chunk.grid.visible[block].expand(len(mask), -1))
+                dense += 1
+            else:
+                assert torch.equal(mask[:, block], wanted[:, block])
+        out, _ = run(pattern, chunk, values)
+        rows = chunk.k_len - max(ODD - last, chunk.offset)
+        if rows > 0:
+            torch.testing.assert_close(out[-rows:], dense_attention(chunk, values)[0][-rows:], atol=1e-5, rtol=1e-5)
+    assert dense > 0
+
+
 @ALL
 def test_dense_below(name: str) -> None:
     pattern = make(name, **SPARSE[name])
