@@ -26,9 +26,9 @@ _VARYING = ["width", "q_len", "k_len", "first_head", "rows", "blocks", "q_blocks
 def _tile_powers(
     queries, stride, pages, table, width, powers, first_head, q_len, k_len, rows, blocks, scale,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Log2 of the sum of powers of each row of tiles and block of keys."""
+    """Log2 of the sum of powers of each row of tiles and block of keys. Of a tile, PART keys lie in one page."""
     row_tiles = (rows + M - 1) // M
     tile, member = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     head = tl.program_id(2)
@@ -39,25 +39,24 @@ def _tile_powers(
     key_head, dim = first_head + head, tl.arange(0, K)
     start = column * STRIDE
     of = table + key_head.to(tl.int64) * width
-    page = tl.load(of + start // PAGE, mask=start < k_len, other=0)
-    key = pages + (page * PAGE + start % PAGE) * (2 * DIM)
     query = queries + (key_head * GROUP + member) * DIM
     acc = tl.zeros([M, N], tl.float32)
-    for step in range(STRIDE * (DIM_2 // K)):
-        place, at = step // (DIM_2 // K), step % (DIM_2 // K) * K + dim
-        number = row * STRIDE + (STRIDE - 1 - place)
-        q = tl.load(
-            query + number.to(tl.int64)[:, None] * stride + at,
-            mask=(number < q_len)[:, None] & (at < DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        if STRIDE > PAGE:  # a tile of several pages
-            page = tl.load(of + (start + place) // PAGE, mask=start + place < k_len, other=0)
-            key = pages + (page * PAGE - place // PAGE * PAGE) * (2 * DIM)
-        k = tl.load(
-            key[:, None] + (place * (2 * DIM) + at)[None, :],
-            mask=(start + place < k_len)[:, None] & (at < DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        acc = tl.dot(q, tl.trans(k.to(q.dtype)), acc, input_precision="ieee")
+    for part in tl.static_range(STRIDE // PART):
+        first = start + part * PART
+        page = tl.load(of + first // PAGE, mask=first < k_len, other=0)
+        key = pages + (page * PAGE + first % PAGE) * (2 * DIM)
+        for step in range(PART * (DIM_2 // K)):
+            place, at = step // (DIM_2 // K), step % (DIM_2 // K) * K + dim
+            number = row * STRIDE + (STRIDE - 1 - part * PART - place)
+            q = tl.load(
+                query + number.to(tl.int64)[:, None] * stride + at,
+                mask=(number < q_len)[:, None] & (at < DIM)[None, :], other=0.0,
+            )  # fmt: skip
+            k = tl.load(
+                key[:, None] + (place * (2 * DIM) + at)[None, :],
+                mask=(first + place < k_len)[:, None] & (at < DIM)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(q, tl.trans(k.to(q.dtype)), acc, input_precision="ieee")
     last_row, last_key = (tile * M + M) * STRIDE, (tl.program_id(1) * N + N) * STRIDE
     if (last_row > q_len) | (last_key > k_len):
         pairs = tl.minimum(q_len - row * STRIDE, STRIDE)[:, None] + tl.minimum(k_len - start, STRIDE)[None, :] - STRIDE
@@ -135,7 +134,8 @@ def antidiagonal_masses(chunk: Chunk, stride: int) -> torch.Tensor:
         heads = min(slab, kv_heads - first)
         _tile_powers[(triton.cdiv(rows, sizes["M"]) * group, columns, heads)](
             given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), powers, first,
-            chunk.q_len, chunk.k_len, rows, blocks, given.scale, **given.shape, STRIDE=stride, BLOCK=ROWS, **sizes,
+            chunk.q_len, chunk.k_len, rows, blocks, given.scale, **given.shape, STRIDE=stride,
+            PART=min(stride, given.shape["PAGE"]), BLOCK=ROWS, **sizes,
         )  # fmt: skip
         _masses[(q_blocks, heads * group)](
             powers, masses[first * group :], chunk.q_len, rows, blocks, q_blocks,

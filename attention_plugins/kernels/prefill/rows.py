@@ -7,6 +7,7 @@ follow each other by 32, each group's keys shifted by as much. Logits are in pow
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -269,13 +270,14 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
 
 def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     """See `attention_plugins.prefill.scores.column_sums`."""
-    partial, given, most_splits = denominators(chunk, rows)
+    partial, given, _ = denominators(chunk, rows)
+    # Each program needs all rows' denominators: parts are merged once. Logarithms of base 2 stay what they are.
+    partial = partial.mul(math.log(2)).logsumexp(-1, keepdim=True).div(math.log(2))
     columns = torch.empty(chunk.num_heads, chunk.k_len, device=rows.device)
     sizes = fitting(COLUMNS, given.queries)
     _columns[(triton.cdiv(chunk.k_len, sizes["KEYS"]), given.heads[0])](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, columns,
-        len(rows), chunk.offset, chunk.k_len, given.scale, partial.shape[1],
-        **given.shape, SPLITS=most_splits, **sizes,
+        len(rows), chunk.offset, chunk.k_len, given.scale, 1, **given.shape, SPLITS=1, **sizes,
     )  # fmt: skip
     return columns
 
