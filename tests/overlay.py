@@ -22,16 +22,13 @@ def download(requirement: str, folder: Path) -> Path | None:
     return next(folder.glob("*.whl")) if done.returncode == 0 else None
 
 
-def overlay(wheel: Path, version: str, folder: Path) -> Path:
-    """A folder for PYTHONPATH: the wheel's Python, the installed build's operators, and metadata that says `+cpu`, by
-    which vLLM knows its platform."""
+def overlay(wheel: Path, folder: Path) -> Path:
+    """A folder for PYTHONPATH: the wheel's Python, the installed build's operators. It is a CPU build only where
+    VLLM_TARGET_DEVICE says so."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if not name.endswith(".so")]
-        archive.extractall(folder, names)
+        archive.extractall(folder, [name for name in archive.namelist() if not name.endswith(".so")])
     spec = find_spec("vllm")
     assert spec is not None and spec.origin is not None
     for compiled in Path(spec.origin).parent.glob("*.so"):
         (folder / "vllm" / compiled.name).symlink_to(compiled)
-    metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
-    metadata.write_text(metadata.read_text().replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
     return folder

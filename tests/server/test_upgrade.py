@@ -50,10 +50,10 @@ def test_a_release_is_laid_over_the_installed_one(tmp_path: Path) -> None:
         archive.writestr(
             "vllm-0.99.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.0\n\nText\n"
         )
-    folder = overlay(wheel, "0.99.0", tmp_path / "overlay")
+    folder = overlay(wheel, tmp_path / "overlay")
     ask = "import vllm; from importlib.metadata import version; print(vllm.new, version('vllm'))"
     env = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", ask], env=env, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "0.99.0+cpu"]
+    assert done.stdout.split() == ["True", "0.99.0"]
     operators = {file.name: file.resolve() for file in (folder / "vllm").glob("*.so")}
     assert "_C.abi3.so" in operators and not any(tmp_path in file.parents for file in operators.values())
