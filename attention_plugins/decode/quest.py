@@ -39,7 +39,6 @@ class QuestReader(Reader):
             return
         scores = self.buffers.scores
         pages, lengths = self.tables(len(rows))
-        self.ops.grow_bounds(self.bounds, rows, cache, Mode.SELECT)
         self.ops.page_scores(scores, self.bounds, rows, cache, queries, Mode.SELECT)
         self.ops.top_pages(pages, lengths, scores, rows, cache, Mode.SELECT)
         if whole:

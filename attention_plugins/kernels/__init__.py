@@ -5,7 +5,7 @@ from attention_plugins.kernels.newest import newest_slots
 from attention_plugins.kernels.page_lists import page_lists
 from attention_plugins.kernels.page_rows import full_rows
 from attention_plugins.kernels.places import place_slots
-from attention_plugins.kernels.quest import grow_bounds, page_scores
+from attention_plugins.kernels.quest import page_scores
 from attention_plugins.kernels.recycle import append_newest, evict_least
 from attention_plugins.kernels.scores import pool_scores, token_scores
 from attention_plugins.kernels.top import top_pages, top_slots
@@ -15,7 +15,6 @@ __all__ = [
     "append_newest",
     "evict_least",
     "full_rows",
-    "grow_bounds",
     "newest_slots",
     "page_attention",
     "page_bounds",

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache
+from attention_plugins.kernels.overlap import after_previous, overlapping
 from attention_plugins.kernels.tables import VARYING, contents_of, load_queries, nan_first, typed_queries
 
 _TOKENS, _LOGITS, _MAX_SPLITS = 64, 1024, 64
@@ -22,20 +23,26 @@ def _tokens_each(count, splits, TOKENS: tl.constexpr):
     return tl.maximum((count + splits * TOKENS - 1) // (splits * TOKENS), 1) * TOKENS
 
 
+@triton.jit
+def _list_of(modes, want, counts, into, request, head, HEADS: tl.constexpr):
+    """Which list is a row's, its length, and whether the row is wanted."""
+    mode, target = tl.load(modes + request), request if into is None else tl.load(into + request)
+    at = tl.maximum(target, 0) * HEADS + head
+    return at, tl.load(counts + at), ((mode & want) != 0) & (target >= 0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _attend(
     modes, want, queries, queries_stride, contents, slots, slots_stride, counts, into, sums, soft, raw, raw_stride,
     scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    FP8: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    FP8: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part of a list: the sum of values, the largest logit (a power of two) and the sum of powers, by query head."""
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    target = request if into is None else tl.load(into + request)
-    if (tl.load(modes + request) & want) == 0 or target < 0:
-        return
-    at, splits = target * HEADS + head, tl.num_programs(2)
-    count = tl.load(counts + at)
+    after_previous(PDL)
+    at, count, wanted = _list_of(modes, want, counts, into, request, head, HEADS)
+    splits, count = tl.num_programs(2), tl.where(wanted, count, 0)
     each = _tokens_each(count, splits, TOKENS)
     end = tl.minimum(count, (split + 1) * each)
     if split * each >= end:
@@ -90,14 +97,16 @@ def _denominator(soft, row, splits, used, member, GROUP: tl.constexpr, SPLITS_2:
 def _combine(
     modes, want, counts, into, sums, soft, raw, raw_stride, out, out_stride, logits, logits_stride, splits, factor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS_2: tl.constexpr, LOGITS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS_2: tl.constexpr, LOGITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs of the third axis: one for each of the group's query heads, and then the log-probabilities' chunks."""
     request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    target = request if into is None else tl.load(into + request)
-    if (tl.load(modes + request) & want) == 0 or target < 0:
+    # `_attend` has written none of these, and let this kernel in after what has.
+    _at, count, wanted = _list_of(modes, want, counts, into, request, head, HEADS)
+    row = request * HEADS + head
+    after_previous(PDL)
+    if not wanted:
         return
-    count, row = tl.load(counts + target * HEADS + head), request * HEADS + head
     each = _tokens_each(count, splits, TOKENS)
     used = (count + each - 1) // each
     if program < GROUP:
@@ -107,8 +116,8 @@ def _combine(
         mask = (split < used)[:, None] & (dim < DIM)
         acc = tl.load(sums + part[:, None] * DIM + dim, mask=mask, other=0.0)
         result = tl.sum(acc * tl.where(split < used, weight, 0.0)[:, None], 0) * factor
-        at = out + request.to(tl.int64) * out_stride + (head * GROUP + program) * DIM + dim
-        tl.store(at, result.to(out.dtype.element_ty), mask=dim < DIM)
+        place = out + request.to(tl.int64) * out_stride + (head * GROUP + program) * DIM + dim
+        tl.store(place, result.to(out.dtype.element_ty), mask=dim < DIM)
     elif raw is not None:
         index = (program - GROUP) * LOGITS + tl.arange(0, LOGITS)
         if (program - GROUP) * LOGITS >= count:
@@ -178,18 +187,19 @@ def _attend_lists(
     fp8 = contents.element_size() == 1
     scale *= cache.scale * (cache.quant.key if fp8 else 1.0) * math.log2(math.e)
     splits = max(1, min(triton.cdiv(width, _TOKENS), _PROGRAMS // (n * heads), _MAX_SPLITS))
+    overlap = overlapping(out.device)
     soft = torch.empty(n * heads, splits, group, 2, device=out.device)
     sums = torch.empty(n * heads, splits, group, dim, device=out.device)
     raw = None if logits is None else torch.empty(n * heads * group, width, device=out.device)
     _attend[(n, heads, splits)](
         rows.modes, int(want), queries, queries.stride(0), contents, lists, lists.stride(-2), counts, into,
         sums, soft, raw, width, scale,
-        HEADS=heads, **widths, TOKENS=_TOKENS, PAGE=page, num_warps=_WARPS, num_stages=_STAGES,
+        HEADS=heads, **widths, TOKENS=_TOKENS, PAGE=page, num_warps=_WARPS, num_stages=_STAGES, **overlap,
     )  # fmt: skip
     chunks = 0 if logits is None else triton.cdiv(width, _LOGITS)
     _combine[(n, heads, group + chunks)](
         rows.modes, int(want), counts, into, sums, soft, raw, width, out, out.stride(0),
         logits, width, splits, cache.quant.value if fp8 else 1.0,
         HEADS=heads, GROUP=group, DIM=dim, DIM_2=widths["DIM_2"],
-        TOKENS=_TOKENS, SPLITS_2=triton.next_power_of_2(splits), LOGITS=_LOGITS, num_warps=4,
+        TOKENS=_TOKENS, SPLITS_2=triton.next_power_of_2(splits), LOGITS=_LOGITS, num_warps=4, **overlap,
     )  # fmt: skip

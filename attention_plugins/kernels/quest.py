@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache
-from attention_plugins.kernels.scores import programs_each
+from attention_plugins.kernels.overlap import after_previous, overlapping
 from attention_plugins.kernels.tables import (
     VARYING,
     contents_of,
-    load_queries,
     nan_first,
     open_row,
     page_at,
@@ -23,20 +22,16 @@ from attention_plugins.kernels.tables import (
     typed_queries,
 )
 
-_PAGES, _WARPS, _STAGES = 64, 4, 3
+_PAGES, _WARPS, _STAGES = 32, 4, 1
+_PROGRAMS = 4096
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit
 def _grow(
-    table, layer, modes, want, contents, bounds, factor,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
+    table, row, length, contents, bounds, factor,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
 ):  # fmt: skip
-    request, head = tl.program_id(0), tl.program_id(1)
-    if (tl.load(modes + request) & want) == 0:
-        return
-    length, row = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
-    if length <= 0:
-        return
+    """Let a row's newest key into its page's bounds."""
     slot = slot_at(table, row, length - 1, length > 0, HEADS, PAGE)
     dim = tl.arange(0, DIM_2)
     real = dim < DIM
@@ -52,47 +47,52 @@ def _grow(
     tl.store(high, largest.to(bounds.dtype.element_ty), mask=real)
 
 
-def grow_bounds(bounds: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
-    """See `attention_plugins.naive.grow_bounds`; `bounds` is contiguous."""
-    shape, contents, dim = table_shape(rows), contents_of(cache), cache.geometry.head_dim
-    _grow[(len(rows), shape["HEADS"])](
-        table_of(rows), cache.layer, rows.modes, int(want), contents, bounds,
-        cache.quant.key if contents.element_size() == 1 else 1.0,
-        **shape, DIM=dim, DIM_2=triton.next_power_of_2(dim), num_warps=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _page_scores(
-    table, layer, modes, want, starts, queries, queries_stride, bounds, scores, scores_stride, factor,
+    table, layer, modes, want, starts, queries, queries_stride, contents, key_factor, bounds, scores, scores_stride,
+    factor,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, FP8: tl.constexpr,
-    MAX: tl.constexpr, PAGES: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
+    MAX: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A page's smallest elements and its largest ones are one row of numbers. So are what they are multiplied with: a
+    query's elements where they are negative, then those that are positive. Added over the group beforehand, for a sum.
+    """
     request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if (tl.load(modes + request) & want) == 0:
-        return
+    after_previous(PDL)
+    mode = tl.load(modes + request)
     length, row = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
-    total = (length + PAGE - 1) // PAGE
-    if program * PAGES >= total:
+    last = (tl.where((mode & want) != 0, length, 0) + PAGE - 1) // PAGE - 1
+    if program * PAGES > tl.maximum(last, 0) or last < 0:
         return
-    q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
-    positive, negative = tl.where(q < 0.0, 0.0, q).to(q.dtype), tl.where(q > 0.0, 0.0, q).to(q.dtype)
-    real, dim = (tl.arange(0, GROUP_2) < GROUP)[:, None], tl.arange(0, DIM_2)
+    if program == 0:
+        _grow(table, row, length, contents, bounds, key_factor, HEADS, PAGE, DIM, DIM_2)
+    member, channel = tl.arange(0, GROUP_2)[:, None], tl.arange(0, 2 * DIM_2)
+    large, real = channel >= DIM, channel < 2 * DIM
+    q = queries + request.to(tl.int64) * queries_stride + (head * GROUP + member) * DIM
+    q = tl.load(q + tl.where(large, channel - DIM, channel), mask=(member < GROUP) & real, other=0.0)
+    q = q.to(tl.float32) * factor
+    each = tl.where(large, tl.where(q < 0.0, 0.0, q), tl.where(q > 0.0, 0.0, q))
+    weights = tl.sum(each, 0)
     out = scores + head.to(tl.int64) * scores_stride + tl.load(starts + request) // PAGE
-    for first in range(program * PAGES, total, tl.num_programs(2) * PAGES):
+    for first in tl.range(program * PAGES, last, tl.num_programs(2) * PAGES, num_stages=STAGES):
         number = first + tl.arange(0, PAGES)
-        there = number < total
+        there = number < last
         page = page_at(table, row, number, there, HEADS).to(tl.int64)
-        at, mask = bounds + page[:, None] * (2 * DIM) + dim, there[:, None] & (dim < DIM)
-        low, high = tl.load(at, mask=mask, other=0.0), tl.load(at + DIM, mask=mask, other=0.0)
-        each = tl.dot(positive, tl.trans(high.to(q.dtype)))
-        each = tl.dot(negative, tl.trans(low.to(q.dtype)), acc=each) * factor
+        bound = tl.load(bounds + page[:, None] * (2 * DIM) + channel, mask=there[:, None] & real, other=0.0)
+        bound = bound.to(tl.float32)
         if MAX:
-            score = tl.max(tl.where(real, nan_first(each), float("-inf")), 0)
+            score = tl.full([PAGES], float("-inf"), tl.float32)
+            for one in tl.static_range(GROUP):
+                weights = tl.sum(tl.where(member == one, each, 0.0), 0)
+                score = tl.maximum(score, nan_first(tl.sum(bound * weights, 1)))
         else:
-            score = nan_first(tl.sum(tl.where(real, each, 0.0), 0))
+            score = nan_first(tl.sum(bound * weights, 1))
         tl.store(out + number, score, mask=there)
+
+
+def _programs_each(n: int, num_kv_heads: int, chunks: int) -> int:
+    return max(1, min(chunks, max(16, _PROGRAMS // (n * num_kv_heads))))
 
 
 def page_scores(
@@ -105,11 +105,12 @@ def page_scores(
     reduce: Literal["sum", "max"] = "sum",
 ) -> None:
     """See `attention_plugins.naive.page_scores`; `bounds` is contiguous."""
-    shape, (queries, factor, widths) = table_shape(rows), typed_queries(cache, queries)
+    shape, contents, (queries, factor, widths) = table_shape(rows), contents_of(cache), typed_queries(cache, queries)
     chunks = triton.cdiv(min(scores.shape[1], rows.block_table.shape[1]), _PAGES)
-    _page_scores[(len(rows), shape["HEADS"], programs_each(len(rows), shape["HEADS"], chunks))](
-        table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0), bounds,
-        scores, scores.stride(0), factor,
-        **shape, **widths, MAX=reduce == "max", PAGES=_PAGES,
-        num_warps=_WARPS, num_stages=_STAGES,
+    _page_scores[(len(rows), shape["HEADS"], _programs_each(len(rows), shape["HEADS"], chunks))](
+        table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0),
+        contents, cache.quant.key if contents.element_size() == 1 else 1.0, bounds, scores, scores.stride(0), factor,
+        **shape, GROUP=widths["GROUP"], GROUP_2=triton.next_power_of_2(widths["GROUP"]), DIM=widths["DIM"],
+        DIM_2=widths["DIM_2"], MAX=reduce == "max", PAGES=_PAGES, STAGES=_STAGES, num_warps=_WARPS,
+        **overlapping(bounds.device),
     )  # fmt: skip

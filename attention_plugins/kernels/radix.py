@@ -20,28 +20,61 @@ def ordered(scores):
 
 
 @triton.jit
-def threshold_in_registers(keys, k):
+def threshold_in_registers(keys, n, k, THREADS: tl.constexpr):
     """A number that k keys reach or, where keys are equal, as few more as can be; and how many of the keys that equal
     it are among the k highest.
 
-    uint32 [n], 0 where there is no score (no real score's key is); n < 2**20, k >= 1. Two bits at a time, until exactly
-    k keys are left: their own last bits don't matter.
+    uint32 [N], N a power of two, at least 4 and at most 16 * THREADS, a power of two itself. The first n are keys of
+    scores, n >= k >= 1; the others are 0, which no score's key is. An interval that has the k-th highest is cut in four
+    until it is one number, or exactly k keys reach its lower end: their own last bits don't matter.
     """
-    threshold, shift, reached = tl.full([], 0, tl.uint32), 30, -1
-    while (shift >= 0) & (reached != k):
-        one = tl.full([], 1, tl.uint32) << shift
-        low, middle, high = threshold + one, threshold + 2 * one, threshold + 3 * one
-        counts = (
-            (keys >= low).to(tl.int64) + ((keys >= middle).to(tl.int64) << 20) + ((keys >= high).to(tl.int64) << 40)
-        )
+    # A thread has four neighbours at a time: what is added or compared first lies in its own registers.
+    N: tl.constexpr = keys.shape[0]
+    WIDTH: tl.constexpr = 4 * THREADS if 4 * THREADS < N else N
+    WARP: tl.constexpr = 128 if WIDTH > 128 else WIDTH
+    keys = tl.reshape(keys, [N // WIDTH, WIDTH])
+    most = tl.max(tl.reshape(tl.max(keys, 0), [WIDTH // 4, 4]), 1)
+    lowest = tl.where(keys > 0, keys, 0xFFFFFFFF).to(tl.uint32)
+    lowest = tl.min(tl.reshape(tl.min(lowest, 0), [WIDTH // 4, 4]), 1)
+    # As many keys as threads have some reach the smallest of the threads' highest.
+    lowest = tl.where((k <= tl.minimum(n, WIDTH) // 4) & (most > 0), most, lowest)
+    low, high = tl.min(lowest, 0), tl.max(most, 0)
+    reached = -1
+    while (low < high) & (reached != k):
+        step = (high - low) // 4 + 1
+        # Counts side by side: 10 bits each suffice for a warp's 512 keys.
+        counts = (keys >= low + step).to(tl.int32) + ((keys >= low + 2 * step).to(tl.int32) << 10)
+        counts = tl.sum(counts + ((keys >= low + 3 * step).to(tl.int32) << 20), 0)
+        counts = tl.sum(tl.reshape(counts, [WIDTH // WARP, WARP]), 1).to(tl.int64)
+        counts = (counts & 1023) | ((counts << 10) & (1023 << 20)) | ((counts << 20) & (1023 << 40))
         counts = tl.sum(counts, 0)
         lows, middles, highs = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
-        step = tl.where(highs >= k, 3, tl.where(middles >= k, 2, tl.where(lows >= k, 1, 0)))
+        steps = tl.where(highs >= k, 3, tl.where(middles >= k, 2, tl.where(lows >= k, 1, 0)))
         found = tl.where(highs >= k, highs, tl.where(middles >= k, middles, lows)).to(tl.int32)
-        reached = tl.where(step > 0, found, reached)
-        threshold += one * step.to(tl.uint32)
-        shift -= 2
-    return threshold, k - tl.sum((keys > threshold).to(tl.int32), 0)
+        reached = tl.where(steps > 0, found, reached)
+        low += steps.to(tl.uint32) * step
+        high = tl.minimum(high, low + step - 1)
+    return low, k - tl.sum(tl.sum((keys > low).to(tl.int32), 0), 0)
+
+
+@triton.jit
+def scatter(line, index, values, mask):
+    """Store [n] values, n a multiple of 4, at any places of a line.
+
+    By every fourth: neighbours that are one thread's stay its own, where a single store would first hand all to others.
+    """
+    N: tl.constexpr = index.shape[0]
+    indices, numbers, masks = _fourths(index, N), _fourths(values, N), _fourths(mask, N)
+    for one in tl.static_range(4):
+        tl.store(line + indices[one], numbers[one], mask=masks[one])
+
+
+@triton.jit
+def _fourths(tensor, N: tl.constexpr):
+    even, odd = tl.split(tl.reshape(tensor, [N // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from attention_plugins.kernels.radix import count_digits, narrow, ordered, ranks, threshold_in_registers
+from attention_plugins.kernels.overlap import after_previous, overlapping
+from attention_plugins.kernels.radix import count_digits, narrow, ordered, ranks, scatter, threshold_in_registers
 from attention_plugins.kernels.tables import (
     VARYING,
     most_tokens,
@@ -24,6 +25,7 @@ from attention_plugins.kernels.tables import (
 )
 
 _IN_REGISTERS, _CHUNK = 16384, 8192
+_EACH = 16  # scores of a thread; more would not fit `threshold_in_registers`
 _SLOTS, _PLACES, _PAGES = 0, 1, 2
 
 
@@ -81,9 +83,10 @@ def _finish(
 def _top_in_registers(
     table, layer, modes, want, tokens, starts, into, scores, scores_stride, out, out_stride, counts, width,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request, head = tl.program_id(0), tl.program_id(1)
+    after_previous(PDL)
     length, row, candidates, k, start, at = _open(
         table, layer, modes, want, tokens, starts, into, request, head, width, LAYERS, HEADS, PAGE, KIND, DENSE
     )  # fmt: skip
@@ -98,9 +101,9 @@ def _top_in_registers(
     elif k > 0:
         given = tl.load(scores + head.to(tl.int64) * scores_stride + start + place, mask=there, other=0.0)
         keys = tl.where(there, ordered(given), 0)
-        threshold, need = threshold_in_registers(keys, k)
+        threshold, need = threshold_in_registers(keys, candidates, k, THREADS)
         chosen, rank = ranks(keys > threshold, there & (keys == threshold), need, 15)
-        tl.store(line + rank, _value(table, row, place, chosen, HEADS, PAGE, KIND), mask=chosen)
+        scatter(line, rank, _value(table, row, place, chosen, HEADS, PAGE, KIND), chosen)
     _finish(table, row, length, candidates, k, line, counts + at, HEADS, PAGE, KIND)
 
 
@@ -215,9 +218,10 @@ def _top(
     which = (table_of(rows), cache.layer, rows.modes, int(want), rows.tokens, rows.starts, into)
     if most <= _IN_REGISTERS:
         size = max(16, triton.next_power_of_2(most))
+        warps = min(32, max(1, size // (32 * _EACH)))
         _top_in_registers[(n, heads)](
             *which, scores, scores.stride(0), out, out.stride(0), counts, width,
-            **shape, N=size, num_warps=min(32, max(1, size // 512)),
+            **shape, N=size, THREADS=32 * warps, num_warps=warps, **overlapping(scores.device),
         )  # fmt: skip
         return
     chunks = triton.cdiv(most, _CHUNK)

@@ -7,7 +7,7 @@ from attention_plugins.naive.attention import page_attention, slot_attention
 from attention_plugins.naive.newest import newest_slots
 from attention_plugins.naive.page_lists import page_lists
 from attention_plugins.naive.places import place_slots
-from attention_plugins.naive.quest import grow_bounds, page_bounds, page_scores, write_bounds
+from attention_plugins.naive.quest import page_bounds, page_scores, write_bounds
 from attention_plugins.naive.recycle import append_newest, evict_least
 from attention_plugins.naive.rows import full_rows
 from attention_plugins.naive.scores import pool_scores, token_scores
@@ -17,7 +17,6 @@ __all__ = [
     "append_newest",
     "evict_least",
     "full_rows",
-    "grow_bounds",
     "newest_slots",
     "page_attention",
     "page_bounds",

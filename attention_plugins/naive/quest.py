@@ -51,18 +51,12 @@ def write_bounds(
         bounds[some] = torch.where(use[..., None] > 0, found, bounds[some])
 
 
-def grow_bounds(bounds: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
-    """Let the newest tokens' keys into the bounds of their pages, for wanted rows: call it in every step, before
-    `page_scores`, for all modes. The first key of a page replaces what was there."""
-    sequences, newest = Sequences.of(rows, cache), newest_slots(rows, cache)
-    for row, head in wanted_heads(rows, cache, want):
-        key = read(cache, newest[row, head, None])[0][0].to(bounds.dtype)
-        page = int(newest[row, head]) // cache.geometry.page_size
-        if (int(sequences.lengths[row, head]) - 1) % cache.geometry.page_size == 0:
-            bounds[page] = key
-        else:
-            low, high = bounds[page].clone()
-            bounds[page] = torch.stack([torch.minimum(low, key), torch.maximum(high, key)])
+def _grow(bounds: torch.Tensor, cache: LayerCache, slot: int, first: bool) -> None:
+    """Let a token's key into the bounds of its page; the first key of a page replaces what was there."""
+    key = read(cache, torch.tensor([slot], device=bounds.device))[0][0].to(bounds.dtype)
+    page = slot // cache.geometry.page_size
+    low, high = (key, key) if first else bounds[page].clone()
+    bounds[page] = torch.stack([torch.minimum(low, key), torch.maximum(high, key)])
 
 
 def page_scores(
@@ -74,19 +68,21 @@ def page_scores(
     want: int,
     reduce: Literal["sum", "max"] = "sum",
 ) -> None:
-    """Over a group's query heads, the sum or the largest of a page's greatest possible products with the query. They
-    aren't multiplied with the softmax scale.
+    """Let the newest tokens' keys into the bounds of their pages, and score the pages before those: over a group's
+    query heads, the sum or the largest of a page's greatest possible products with the query. They aren't multiplied
+    with the softmax scale. The newest token's page has no score, it is always read.
 
     Args:
         scores: float32 [num_kv_heads, pages]; of wanted rows, those from `rows.starts // page_size` on are written. A
             score that isn't a number is stored as infinity.
-        bounds: see `page_bounds`; the newest token's key must be in them (`grow_bounds`).
+        bounds: see `page_bounds`; a page's grow with its tokens if this is called in every step, for all modes.
         queries: [n, num_kv_heads, group, head_dim].
         want: set of `Mode`s.
     """
-    sequences, real = Sequences.of(rows, cache), real_queries(cache, queries)
+    sequences, newest, real = Sequences.of(rows, cache), newest_slots(rows, cache), real_queries(cache, queries)
     for row, head in wanted_heads(rows, cache, want):
-        used = -(-int(sequences.lengths[row, head]) // sequences.page_size)
+        used, rest = divmod(int(sequences.lengths[row, head]) - 1, sequences.page_size)
+        _grow(bounds, cache, int(newest[row, head]), rest == 0)
         low, high = bounds[sequences.pages[row, head, :used]].float().unbind(1)
         # The larger of q * low and q * high, in each dimension.
         each = real[row, head].clamp(min=0) @ high.T + real[row, head].clamp(max=0) @ low.T

@@ -95,6 +95,14 @@ def steps(name: str, rows: DecodeRows) -> Iterator[tuple[str, DecodeRows, int]]:
         yield "", rows, 0
 
 
+def prepare(reader: Reader, cache: FakeCache) -> None:
+    """Show every request's pages, as before its first step: how long a choice takes depends on the scores."""
+    held = torch.full((LAYERS, cache.heads), cache.context)
+    for row, blocks in enumerate(cache.rows.block_table.long()):
+        pages = torch.stack([cache.geometry.pages_of(layer, blocks) for layer in range(LAYERS)])
+        reader.prepare(pages, held, cache.layers, row)
+
+
 def read_all(reader: Reader, cache: FakeCache, out: torch.Tensor, rows: DecodeRows, whole: int) -> None:
     for layer in cache.layers:
         reader.read(out, cache.queries, rows, layer, whole)
@@ -113,6 +121,8 @@ def measure(context: int, batch: int, budgets: list[int], names: list[str]) -> N
     buffers, read_pages = Buffers.make(place), flash_pages(cache)
     for name in names:
         reader = selectors()[name].reader(place, buffers, kernels, read_pages)
+        if selectors()[name].prepares:
+            prepare(reader, cache)
         for budget in budgets:
             rows, times = cache.with_tokens(budget), dict[str, float]()
             for kind, kind_rows, whole in steps(name, rows):

@@ -150,7 +150,6 @@ def whole_rows(cache: FakeCache, flash: Flash, bounds: torch.Tensor) -> None:
         cache, "token_scores, 32 labels",
         lambda i: kernels.token_scores(scores, rows, in_turn(i), rotated, SELECT, labels=labels),
     )  # fmt: skip
-    row(cache, "grow_bounds", lambda i: kernels.grow_bounds(bounds, rows, in_turn(i), SELECT))
     row(
         cache, "page_scores",
         lambda i: kernels.page_scores(page_scores, bounds, rows, in_turn(i), cache.queries, SELECT),
@@ -175,7 +174,6 @@ def selections(cache: FakeCache, flash: Flash, bounds: torch.Tensor, budget: int
         kernels.slot_attention(out, cache.queries, *tokens[i % CALLS], into, rows, in_turn(i), SELECT, *more)
 
     def quest(i: int) -> None:
-        kernels.grow_bounds(bounds, rows, in_turn(i), SELECT)
         kernels.page_scores(page_scores, bounds, rows, in_turn(i), cache.queries, SELECT)
         kernels.top_pages(table, lengths, page_scores, rows, in_turn(i), SELECT)
         flash.over_pages(table, lengths)
@@ -198,7 +196,7 @@ def selections(cache: FakeCache, flash: Flash, bounds: torch.Tensor, budget: int
         "FlashAttention over the same tokens": lambda i: flash.over_tokens(*tokens[i % CALLS]),
         "FlashAttention over pages": lambda i: flash.over_pages(*pages[i % CALLS]),
         "append_newest": lambda i: kernels.append_newest(slots, counts, into, rows, in_turn(i), SELECT),
-        "Quest: grow, score, select, attend": quest,
+        "Quest: score, select, attend": quest,
         "Recycled, reuse: append, attend, evict": recycled,
         "tokens: score, select": by_token,
     }
@@ -228,7 +226,6 @@ def check(cache: FakeCache, budget: int) -> None:
         ops.token_scores(scores, rows, layer, cache.queries, want)
         ops.token_scores(shares, rows, layer, cache.queries, want, lse=lse, reduce="mean")
         own = bounds if name == "twin" else bounds_2
-        ops.grow_bounds(own, rows, layer, want)
         ops.page_scores(of_pages, own, rows, layer, cache.queries, want)
         made[name] = [scores, shares, own, of_pages]
     compare(made, "logits shares bounds page_scores", {"logits": 1e-4, "shares": 1e-4, "page_scores": 1e-4})

@@ -155,13 +155,13 @@ def test_nothing_listed_is_zeros() -> None:
 
 
 def test_the_golden_scores() -> None:
-    """Keys (1, 0), (0, 1) and (2, 2), (-1, -1) under the query (1, -1)."""
-    batch = Batch([Row(4)], heads=1, group=1, dim=2, page=2)
-    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])
+    """Keys (1, 0), (0, 1) and (2, 2), (-1, -1) under the query (1, -1); the last page, of (9, 9), has no score."""
+    batch = Batch([Row(5)], heads=1, group=1, dim=2, page=2)
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0], [9.0, 9.0]])
     batch.cache.codec.write_tokens(batch.cache.pages, batch.slots[0][0], keys, keys)
-    bounds, scores = written_bounds(batch), torch.zeros(1, 2)
+    bounds, scores = written_bounds(batch), torch.zeros(1, 3)
     naive.page_scores(scores, bounds, batch.rows, batch.cache, torch.tensor([[[[1.0, -1.0]]]]), SELECT)
-    assert scores.tolist() == [[1.0, 3.0]]
+    assert scores.tolist() == [[1.0, 3.0, 0.0]]
 
 
 def written_bounds(batch: Batch) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_page_scores_are_no_less_than_any_logit(batch: Batch, reduce: str) -> No
     for row in batch.wanted(SELECT):
         for head in range(2):
             start = int(batch.rows.starts[row]) // batch.page
-            for number, keys in enumerate(batch.keys[row][head].split(batch.page)):
+            for number, keys in enumerate(batch.keys[row][head].split(batch.page)[:-1]):
                 low, high = keys.amin(0).to(bounds.dtype).float(), keys.amax(0).to(bounds.dtype).float()
                 q = queries[row, head].float()
                 each = torch.maximum(q * low, q * high).sum(-1)
@@ -191,7 +191,7 @@ def test_page_scores_are_no_less_than_any_logit(batch: Batch, reduce: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
-    """Token by token from nothing, in a compacted row too; a page's score never falls."""
+    """Token by token from nothing, in a compacted row too."""
     given = (Row(30), Row(45, compacted=2), Row(0), Row(30, Mode.DENSE))
     batch = Batch(given, dtype=dtype, quant=QuantScales(1.0, 0.37) if dtype == torch.uint8 else QuantScales())
     bounds, expected = (
@@ -208,7 +208,6 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
                 slots = batch.slots[1][head][: len(batch.slots[1][head]) - 31]
                 have, filled = (slots // 4).unique(return_counts=True)
                 naive.write_bounds(bounds, batch.cache, have, filled)
-        naive.grow_bounds(bounds, rows, batch.cache, EVERY)
         scores = torch.full_like(before, -math.inf)
         naive.page_scores(scores, bounds, rows, batch.cache, queries, EVERY)
         assert (scores >= before - 1e-4).all()  # a product of another shape may be rounded otherwise
@@ -219,7 +218,8 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
 def test_only_wanted_rows_grow() -> None:
     batch = Batch()
     bounds = naive.page_bounds(batch.cache.pages, batch.geometry)
-    naive.grow_bounds(bounds, batch.rows, batch.cache, Mode.DENSE)
+    scores = torch.zeros(2, batch.columns)
+    naive.page_scores(scores, bounds, batch.rows, batch.cache, batch.queries(), Mode.DENSE)
     newest = naive.newest_slots(batch.rows, batch.cache)[batch.wanted(Mode.DENSE)] // batch.page
     assert bounds.flatten(1).any(1).nonzero().flatten().tolist() == sorted(newest.flatten().tolist())
 
