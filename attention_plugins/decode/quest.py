@@ -41,7 +41,7 @@ class QuestReader(Reader):
         pages, lengths = self.tables(len(rows))
         self.ops.page_scores(scores, self.bounds, rows, cache, queries, Mode.SELECT)
         self.ops.top_pages(pages, lengths, scores, rows, cache, Mode.SELECT)
-        if whole:
+        if whole or cache.invariant:  # one way, whoever else is in the batch
             self.read_pages(out, queries, pages, lengths, cache)
         else:  # short lists are quicker this way
             most = self.place.tokens + self.place.geometry.page_size

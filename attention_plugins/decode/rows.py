@@ -72,6 +72,7 @@ class LayerCache:
         geometry, codec: how pages are numbered and laid out; kernels take `InterleavedCodec`.
         quant: what queries, keys and values are multiplied with.
         scale: softmax scale.
+        invariant: whether a row's numbers may not depend on what else is in its batch (vLLM's batch-invariant mode).
     """
 
     layer: int
@@ -80,3 +81,4 @@ class LayerCache:
     codec: PageCodec
     quant: QuantScales
     scale: float
+    invariant: bool = False

@@ -186,7 +186,8 @@ def _attend_lists(
     contents, (queries, scale, widths) = contents_of(cache), typed_queries(cache, queries)
     fp8 = contents.element_size() == 1
     scale *= cache.scale * (cache.quant.key if fp8 else 1.0) * math.log2(math.e)
-    splits = max(1, min(triton.cdiv(width, _TOKENS), _PROGRAMS // (n * heads), _MAX_SPLITS))
+    among = heads if cache.invariant else n * heads
+    splits = max(1, min(triton.cdiv(width, _TOKENS), _PROGRAMS // among, _MAX_SPLITS))
     overlap = overlapping(out.device)
     soft = torch.empty(n * heads, splits, group, 2, device=out.device)
     sums = torch.empty(n * heads, splits, group, dim, device=out.device)

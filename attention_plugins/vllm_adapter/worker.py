@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -126,8 +127,9 @@ class CompressionWorker(WorkerBase if TYPE_CHECKING else object):  # type: ignor
     def _selecting(self, compressor: Compressor) -> Selecting:
         """The server's selectors."""
         settings, layers = DecodeSettings.of(self.vllm_config.additional_config), self.attention_layers
+        common = compressor.pages, compressor.geometry, compressor.codec
         caches = [
-            LayerCache(index, compressor.pages, compressor.geometry, compressor.codec, quant, compressor.scale)
+            LayerCache(index, *common, quant, compressor.scale, invariant=envs.VLLM_BATCH_INVARIANT)
             for index, quant in enumerate(compressor.quant)
         ]
         for layer, cache in zip(layers, caches, strict=True):

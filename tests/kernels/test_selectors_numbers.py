@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -172,6 +172,24 @@ def test_queries_and_results_with_gaps(small: Batch) -> None:
     assert torch.equal(out[:, 2], expected) and not out[:, :2].any()
     with pytest.raises(ValueError, match="a row of `out` must have no gaps"):
         kernels.slot_attention(out[:, 2].transpose(1, 2), queries, *lists, small.rows, small.cache, SELECT)
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_row_alone_has_the_same_bits(small: Batch, invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where asked for: sums are cut in parts, of which a row gets more when it is alone."""
+    from attention_plugins import kernels
+
+    for name, value in {"_TOKENS": 16, "_PROGRAMS": 2 * len(small.rows) * small.heads}.items():
+        monkeypatch.setattr(f"attention_plugins.kernels.attention.{name}", value)
+    cache, queries = replace(small.cache, invariant=invariant), small.queries()
+    slots, counts, into = lists_of(small, 70)
+    row = max(small.wanted(SELECT), key=lambda row: int(counts[into[row]].min()))
+    beside, alone, own = torch.zeros_like(queries), torch.zeros_like(queries[:1]), slice(row, row + 1)
+    kernels.slot_attention(beside, queries, slots, counts, into, small.rows, cache, SELECT)
+    tensors = {one.name: getattr(small.rows, one.name) for one in fields(small.rows) if one.name != "tables"}
+    first = replace(small.rows, **{name: tensor[own] for name, tensor in tensors.items()})
+    kernels.slot_attention(alone, queries[own], slots, counts, into[own], first, cache, SELECT)
+    assert alone.any() and torch.equal(alone[0], beside[row]) == invariant
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
