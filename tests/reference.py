@@ -12,6 +12,9 @@ _masks: list[torch.Tensor] | None = None
 Reads = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [num_kv_heads, group, d] times the scale, keys [num_kv_heads, n, d]) -> bool [num_kv_heads, n]."""
 _reads: Reads | None = None
+Watches = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(layer, queries [num_kv_heads, group, n, d] times the scale, keys [num_kv_heads, n, d]) of a prompt."""
+_watches: Watches | None = None
 Attends = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [q, num_heads, d], keys, values [num_kv_heads, n, d]) -> [q, num_heads, d]."""
 _attends: Attends | None = None
@@ -38,6 +41,8 @@ def _attention(
         return _attends(module.layer_idx, query[0].transpose(0, 1), key[0], value[0])[None], None
     group = query.shape[1] // key.shape[1]
     q, n = query.shape[2], key.shape[2]
+    if _watches is not None:
+        _watches(module.layer_idx, query[0].unflatten(0, (-1, group)) * scaling, key[0])
     columns, rows = torch.arange(n), torch.arange(n - q, n)[:, None]
     visible = columns <= rows
     if sliding_window:  # of such layers, the cache holds the last columns alone
@@ -117,10 +122,14 @@ class Reference:
 
     @torch.inference_mode()
     def greedy_reading(self, prompt: list[int], max_tokens: int, reads: Reads) -> list[int]:
-        """Greedy tokens where each step after the prompt sees what `reads` says."""
-        global _masks, _reads
-        _masks = None
-        output = self.model(torch.tensor([prompt]), use_cache=True)
+        """Greedy tokens where each step after the prompt sees what `reads` says; its `prompt`, if it has one, is shown
+        the prompt."""
+        global _masks, _reads, _watches
+        _masks, _watches = None, getattr(reads, "prompt", None)
+        try:
+            output = self.model(torch.tensor([prompt]), use_cache=True)
+        finally:
+            _watches = None
         tokens = [int(output.logits[0, -1].argmax())]
         _reads = reads
         try:

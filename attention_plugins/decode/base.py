@@ -6,15 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+from kvcache.evidence import LayerEvidence
 from kvcache.method import Arguments, Method, Odd
 from kvcache.pages import PageGeometry
 from kvcache.tables import to_device
+
+if TYPE_CHECKING:
+    from attention_plugins.decode.schedule import Read
 
 KERNEL = 21
 """Width of the pooling of scores, as SnapKV's here: parts of a number, a name or a line are chosen together."""
@@ -88,13 +92,18 @@ class Selector(Method):
         """The one number that a reader gets to see of a row, beside K."""
         return 0.0
 
+    @property
+    def window(self) -> int:
+        """How many of a prompt's last queries the reader wants to select by before the first step; 0: none."""
+        return 0
+
     def mode(self, context: int, since: int | None) -> Mode:
         """What a step does.
 
         Args:
             context: tokens that there are to read, the step's own included.
-            since: how many steps ago something was selected, 1 for the step before; None: never, or what was selected
-                is gone.
+            since: how many steps ago something was selected, 1 for the step before; 0: the prompt's last queries are
+                there to select by; None: never, or what was selected is gone.
         """
         return Mode.DENSE if context <= max(self.args.tokens, self.args.min_context) else Mode.SELECT
 
@@ -216,6 +225,15 @@ class Reader(ABC):
             lengths: int64 [num_layers, num_kv_heads], tokens there, on the CPU.
             caches: by layer.
             state: the request's; -1 where none is kept.
+        """
+
+    def open(self, read: Read, pages: torch.Tensor, evidence: Callable[[int], LayerEvidence]) -> None:  # noqa: B027
+        """Select by a prompt's last queries before the answer's first step, where the selector has a `window`.
+
+        Args:
+            read: the request's part of that step.
+            pages: int64 [num_layers, num_kv_heads, width], the prompt's, in the order of its tokens.
+            evidence: by layer, the prompt with its window.
         """
 
     def in_use(self, pages: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

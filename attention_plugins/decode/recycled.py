@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from kvcache.evidence import dequantise
+from attention_plugins.decode.schedule import Read
+from kvcache.evidence import LayerEvidence, dequantise
+from kvcache.scorers import window_votes
+from kvcache.selection import keep_top
+
+WINDOW = 32
+"""As SnapKV's here."""
 
 
 class RecycledReader(Reader):
@@ -36,6 +44,21 @@ class RecycledReader(Reader):
         g, width = place.geometry, place.tokens + 1
         by_state = g.num_layers * g.num_kv_heads * (4 * width + 4 + 4 * place.group * g.head_dim)
         return place.states * by_state + place.rows * g.num_kv_heads * 4 * width
+
+    def open(self, read: Read, pages: torch.Tensor, evidence: Callable[[int], LayerEvidence]) -> None:
+        size = self.place.geometry.page_size
+        for layer, table in enumerate(pages):
+            prompt = evidence(layer)
+            votes = window_votes(prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max")
+            heads, n, _ = prompt.shape
+            scores = F.pad(votes, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
+            scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"))
+            places = keep_top(scores, torch.full((heads,), read.tokens))
+            slots = table.gather(1, places // size) * size + places % size
+            self.slots[layer, read.place, :, : read.tokens] = slots.int()
+            self.counts[layer, read.place] = read.tokens
+            assert prompt.window_queries is not None
+            self.chosen_by[layer, read.place] = prompt.window_queries[-1].flatten().float()
 
     def whole(self, modes: Mode) -> int:
         return 2 if modes & Mode.CHECK else 1 if modes & ~Mode.REUSE else 0
@@ -74,15 +97,20 @@ class RecycledReader(Reader):
 class Recycled(Selector):
     """Reads everything every `stride` steps, and between that only the tokens that got most then.
 
-    The first step of an answer reads everything, attends, and notes the `tokens` of each KV head that got the highest
-    probability (of a group of query heads the strongest counts; the paper's aggregation is not verified). The steps
-    after it attend to these: each new token is added and the one that got least in that step leaves, so the number
-    stays. With `similarity` above 0, every `check_every` steps each layer compares its query with the one that chose,
-    and where their cosine (over all heads together) is lower, that layer reads everything and chooses anew. Nothing
-    leaves the cache: the next choice sees all tokens again.
+    The prompt's last `window` queries choose the first `tokens` of each KV head, as SnapKV's vote: an answer looks for
+    what its question asks for, and the query of one step alone doesn't know that. (A window of 1 is the paper's. With
+    0, and over a compressed cache, the first step of the answer reads everything and chooses.) Steps attend to these:
+    each new token is added and the one that got least in that step leaves, so the number stays. A full step, every
+    `stride` of them, reads everything, attends, and notes anew the tokens that got the highest probability (of a group
+    of query heads the strongest counts; the paper's aggregation is not verified). With `similarity` above 0, every
+    `check_every` steps each layer compares its query with the one that chose, and where their cosine (over all heads
+    together) is lower, that layer reads everything and chooses anew. Nothing leaves the cache: the next choice sees all
+    tokens again.
 
     Formula:
-        at a full step the K tokens with the highest max over the group of softmax(q k_j / sqrt d).
+        at the prompt's end the window and the K - w others with the highest max over the group of the mean over the
+        window of softmax(q k_j / sqrt d); at a full step the K tokens with the highest max over the group of
+        softmax(q k_j / sqrt d).
     """
 
     name = "recycled"
@@ -93,6 +121,13 @@ class Recycled(Selector):
 
     class Args(ListArgs):
         min_context: int = shortest(12288)
+        window: int = Field(
+            WINDOW,
+            ge=0,
+            le=256,
+            description="Last queries of the prompt that choose the first list, at most `tokens` / 4; 0: the answer's"
+            " first step does.",
+        )
         stride: int = Field(50, ge=1, le=1 << 20, description="Steps from one full step to the next; 1: all are full.")
         similarity: float = Field(
             0.0, ge=0, le=1, description="Choose anew where a query's cosine to the one that chose is lower; 0: never."
@@ -105,9 +140,15 @@ class Recycled(Selector):
     def threshold(self) -> float:
         return self.args.similarity
 
+    @property
+    def window(self) -> int:
+        return min(self.args.window, self.args.tokens // 4) if self.args.stride > 1 else 0
+
     def mode(self, context: int, since: int | None) -> Mode:
         if super().mode(context, since) is Mode.DENSE:
             return Mode.DENSE
+        if since == 0:
+            return Mode.REUSE
         check = Mode.CHECK if self.args.similarity else Mode(0)
         if since is None or since >= self.args.stride:
             return Mode.SELECT | check

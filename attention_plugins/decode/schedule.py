@@ -58,12 +58,22 @@ class Prepare:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A prompt begins whose last queries a reader is to select by: those of positions `first ... end - 1`."""
+
+    request_id: str
+    first: int
+    end: int
+
+
 @dataclass
 class _Request:
     selector: Selector
     place: int | None
     since: int | None = None
     prepared: bool = False
+    watched: int | None = None
     steps: Counter[str] = field(default_factory=Counter)
 
 
@@ -98,6 +108,22 @@ class ReadSchedule:
         request = self._requests.get(request_id)
         return request.selector if request else None
 
+    def watch(self, request_id: str, prompt_len: int) -> Watch | None:
+        """Which queries of a prompt that isn't compacted workers have to keep; to be asked each time it begins."""
+        request = self._requests.get(request_id)
+        first = self.first_query(request_id, prompt_len)
+        if request is None or first is None:
+            return None
+        request.watched = prompt_len
+        return Watch(request_id, first, prompt_len)
+
+    def first_query(self, request_id: str, prompt_len: int) -> int | None:
+        """The first position of a prompt whose query is wanted; None where none is."""
+        selector = self.selector(request_id)
+        if selector is None or not selector.window or selector.mode(prompt_len + 1, 0) is Mode.DENSE:
+            return None
+        return prompt_len - selector.window
+
     def forget(self, request_id: str) -> None:
         """What was selected, or prepared, isn't where it was: after a compaction, or a preemption."""
         if request := self._requests.get(request_id):
@@ -123,7 +149,8 @@ class ReadSchedule:
         if request is None:
             return None
         selector = request.selector
-        mode = selector.mode(held, request.since)
+        since = 0 if request.watched == context - 1 else request.since
+        mode = selector.mode(held, since)
         if mode is not Mode.DENSE and not self._has_room(request, context):
             mode, name = Mode.DENSE, CROWDED
         else:
@@ -134,7 +161,7 @@ class ReadSchedule:
             request.since, request.prepared = None, False  # tokens came that nobody took note of
             return None
         request.since = 1 if mode & Mode.SELECT or request.since is None else request.since + 1
-        prepare, request.prepared = selector.prepares and not request.prepared, True
+        prepare, request.prepared = since == 0 or (selector.prepares and not request.prepared), True
         place = -1 if request.place is None else request.place
         own = selector.args.tokens, selector.threshold, place, selector.pooling
         return Read(request_id, selector.name, mode, context, *own, prepare)

@@ -90,6 +90,7 @@ class CompressionRuntime:
         """Between steps: forget finished requests, start new ones, compact finished prompts."""
         for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
             self.compressor.finish(request_id)
+            self.selecting.finish(request_id)
             self.prefilling.finish(request_id)
         if orders := orders_of(scheduler_output):
             for start in orders.start:
@@ -98,13 +99,15 @@ class CompressionRuntime:
             if orders.owned:
                 self.owned = orders.owned
                 audit_tables(self.compressor, self.owned)
+            self.selecting.reads = orders.reads
+            for watch in orders.watch:
+                self.selecting.watch(watch)
             for prepare in orders.prepare:
                 self.selecting.prepare(prepare)
-            self.selecting.reads = orders.reads
             for pattern in orders.patterns:
                 self.prefilling.start(pattern)
         scheduled, computed = scheduler_output.num_scheduled_tokens, _computed(scheduler_output)
-        if self.compressor.requests:
+        if self.compressor.requests or self.selecting.windows:
             compacted = sum(self.compressor.slot(name) is not None for name in scheduled)
             self.recording = self._records(computed, scheduled)
             if compacted:
@@ -116,10 +119,14 @@ class CompressionRuntime:
             self.kind, self.wanted = BatchKind.SPARSE, None
         self.in_step = True
 
+    def _observers(self, request_id: str) -> tuple[Observer, ...]:
+        """Whatever watches a request's prompt, or its answer."""
+        return *self.compressor.observers(request_id), *self.selecting.windows_of(request_id)
+
     def _records(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> bool:
         """Whether an observer wants queries of this step."""
         for name, tokens in scheduled.items():
-            for observer in self.compressor.observers(name):
+            for observer in self._observers(name):
                 begin, end = observer.overlap(computed[name], computed[name] + tokens)
                 if begin < end:
                     return True
@@ -187,7 +194,7 @@ class CompressionRuntime:
         for row, request_id in enumerate(self._batch_request_ids(common)):
             first, length = starts[row], lengths[row]
             position = length - (starts[row + 1] - first)
-            for observer in self.compressor.observers(request_id):
+            for observer in self._observers(request_id):
                 begin, end = observer.overlap(position, length)
                 if begin < end:
                     places = begin + first - position, end + first - position

@@ -11,8 +11,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_plugins.decode.base import Reader
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from attention_plugins.decode.schedule import Prepare, Read
+from attention_plugins.decode.schedule import Prepare, Read, Watch
 from kvcache.compressor import Compressor
+from kvcache.evidence import LayerEvidence
+from kvcache.observers.window import QueryWindow
 from kvcache.tables import PageTables, to_device
 
 _FIELDS = ("slots", "modes", "tokens", "starts", "places", "pooling", "thresholds")
@@ -50,12 +52,14 @@ class Selecting:
     Attributes:
         readers: of the selectors that the server has enabled, by name.
         reads: what the step's requests read, those that read everything left out.
+        windows: of prompts that run, the last queries, until a reader has selected by them.
         fixed: rows that CUDA graphs read, int32 [fields, rows], written before each replay.
     """
 
     def __init__(self, compressor: Compressor, readers: Mapping[str, Reader], caches: Sequence[LayerCache]) -> None:
         self.compressor, self.readers, self.caches = compressor, dict(readers), list(caches)
         self.reads: dict[str, Read] = {}
+        self.windows: dict[str, QueryWindow] = {}
         rows = max((reader.place.rows for reader in readers.values()), default=0)
         self.fixed = torch.zeros(len(_FIELDS), rows, dtype=torch.int32, device=compressor.pages.device)
 
@@ -63,8 +67,26 @@ class Selecting:
     def tables(self) -> PageTables:
         return self.compressor.tables
 
+    def watch(self, order: Watch) -> None:
+        """A prompt begins whose last queries are wanted."""
+        layers = self.tables.geometry.num_layers
+        self.windows[order.request_id] = QueryWindow(layers, order.end - order.first, order.end)
+
+    def windows_of(self, request_id: str) -> tuple[QueryWindow, ...]:
+        """What watches the request's prompt; empty where its queries aren't needed (any more)."""
+        window = self.windows.get(request_id)
+        return (window,) if window else ()
+
+    def finish(self, request_id: str) -> None:
+        """Forget a request; an unknown one is no error."""
+        self.windows.pop(request_id, None)
+
     def prepare(self, order: Prepare) -> None:
-        """Show a reader a request's cache."""
+        """Show a reader a request's cache, and the window on its prompt where there is one.
+
+        Raises:
+            RuntimeError: queries of the window were not seen: a bug, never a request's fault.
+        """
         tables, slot = self.tables, self.compressor.slot(order.request_id)
         blocks = to_device(torch.tensor(order.blocks), self.compressor.pages.device)
         g = tables.geometry
@@ -75,7 +97,18 @@ class Selecting:
             counts = self.compressor.page_counts(order.request_id)
             pages = tables.answer_pages(slot, counts, blocks)
             lengths = counts * g.page_size + order.tokens - order.first_block * g.page_size
-        self.readers[order.selector].prepare(pages, lengths, self.caches, order.place)
+        reader = self.readers[order.selector]
+        reader.prepare(pages, lengths, self.caches, order.place)
+        if (window := self.windows.pop(order.request_id, None)) is None:
+            return
+        if window.missing or window.end != order.tokens:
+            raise RuntimeError(f"{window.missing} of the last queries of request {order.request_id} were not seen")
+
+        def evidence(layer: int) -> LayerEvidence:
+            observed = {window.name: window.found(layer)}
+            return self.compressor.evidence(layer, pages[layer], order.tokens, observed)
+
+        reader.open(self.reads[order.request_id], pages, evidence)
 
     def graphs(self) -> list[tuple[Selection, int]]:
         """Every kind of graph that a step may want, and the largest batch."""

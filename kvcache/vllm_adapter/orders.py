@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from attention_plugins.decode.schedule import Prepare, Read
+from attention_plugins.decode.schedule import Prepare, Read, Watch
 from attention_plugins.prefill.orders import PatternReport, StartPattern
 from kvcache.audit import Owned
 from kvcache.orders import Compact, CompactionReport, Start
@@ -25,13 +25,15 @@ class StepOrders:
 
     start: list[Start] = field(default_factory=list)
     compact: list[Compact] = field(default_factory=list)
+    watch: list[Watch] = field(default_factory=list)
     prepare: list[Prepare] = field(default_factory=list)
     patterns: list[StartPattern] = field(default_factory=list)
     reads: dict[str, Read] = field(default_factory=dict)
     owned: dict[str, Owned] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.start or self.compact or self.prepare or self.patterns or self.reads or self.owned)
+        orders = self.start, self.compact, self.watch, self.prepare, self.patterns, self.reads, self.owned
+        return any(map(bool, orders))
 
 
 Report = CompactionReport | PatternReport

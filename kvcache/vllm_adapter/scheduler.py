@@ -160,10 +160,10 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         return blocks, num_tokens, boundary, diverged
 
     def _hit_limit(self, request: Request) -> int | None:
-        """Tokens of a request that may come from the prefix cache, for its policy's sake; None: all."""
+        """Tokens of a request that may come from the prefix cache, for its policy's or selector's sake; None: all."""
         compression = self.compressions[request.request_id]
         if compression.plan is None or compression.policy is None:
-            return None
+            return self.reads.first_query(request.request_id, request.num_prompt_tokens)
         return compression.policy.first_query(compression.plan.prompt_len)
 
     def _planned(self, request: Request) -> bool:
@@ -197,6 +197,7 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
             if request_id in starting:
                 self.reads.forget(request_id)
                 self._start_prefill(orders, request_id)
+                self._watch(orders, request_id)
             if compression.plan is None:
                 self._read(orders, request_id, num_scheduled)
                 continue
@@ -233,6 +234,13 @@ class _CompressionMixin(Scheduler if TYPE_CHECKING else object):  # type: ignore
         if prefill and prefill.planned:
             prompt_len = self.requests[request_id].num_prompt_tokens
             orders.patterns.append(StartPattern(request_id, pattern_words(prefill.pattern), prompt_len))
+
+    def _watch(self, orders: StepOrders, request_id: str) -> None:
+        """Let workers keep a prompt's last queries where its selector selects by them. A compacted cache has lost some
+        of what they would be compared with."""
+        if self.compressions[request_id].plan is None:
+            watch = self.reads.watch(request_id, self.requests[request_id].num_prompt_tokens)
+            orders.watch += [watch] if watch else []
 
     def _read(self, orders: StepOrders, request_id: str, num_scheduled: int) -> None:
         """Say what a request's step reads where it has a selector, and one token behind its prompt."""

@@ -101,20 +101,38 @@ class LessIsMore(Tidal):
 class Recycled:
     """Lists of K tokens by layer and head; a full step chooses them, in others the newest comes and the least goes."""
 
-    def __init__(self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1, kernel: int = 1) -> None:
-        self.kernel = kernel
+    def __init__(
+        self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1, kernel: int = 1, window: int = 0
+    ) -> None:
+        self.kernel, self.window = kernel, window
         self.k, self.stride, self.similarity, self.check_every = k, stride, similarity, check_every
         self.lists: dict[int, list[list[int]]] = {}
         self.queries: dict[int, torch.Tensor] = {}
         self.steps = -1
         self.since = 0
 
+    def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """The window's mean probabilities, pooled by query head; the window itself is on the lists."""
+        if not self.window:
+            return
+        n, reach = keys.shape[1], self.kernel // 2
+        before, self.lists[layer] = n - self.window, []
+        for group, head in zip(queries, keys, strict=True):
+            votes = torch.zeros(len(group), before)
+            for position in range(before, n):
+                votes += (group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before] / self.window
+            near = [float(votes[:, max(0, at - reach) : at + reach + 1].max()) for at in range(before)]
+            best = sorted(range(before), key=lambda at: -near[at])[: self.k - self.window]  # noqa: B023
+            self.lists[layer].append([*best, *range(before, n)])
+        self.queries[layer] = queries[:, :, -1]
+
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer == 0:
             self.steps += 1
             self.since = 0 if self.steps % self.stride == 0 else self.since + 1
-        full = self.since == 0
-        if not full and self.similarity and self.since % self.check_every == 0:
+        begins = self.steps == 0 and self.window > 0
+        full = self.since == 0 and not begins
+        if not full and not begins and self.similarity and self.since % self.check_every == 0:
             likeness = torch.cosine_similarity(queries.flatten(), self.queries[layer].flatten(), dim=0)
             full = bool(likeness < self.similarity)
         if full:

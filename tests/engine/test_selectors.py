@@ -16,8 +16,8 @@ from tests.reference import Reads, Reference
 pytestmark = pytest.mark.engine
 
 SELECTORS: list[dict[str, Any]] = [
-    {"selector": "recycled", "stride": 4, "kernel": 5},
-    {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1},
+    {"selector": "recycled", "stride": 4, "kernel": 5, "window": 0},
+    {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1, "window": 1},
     {"selector": "tidal", "kernel": 1},
     {"selector": "lessismore", "kernel": 3},
     {"selector": "quest"},
@@ -53,7 +53,12 @@ def test_few_tokens_change_the_answer(engine: Engine, selector: dict[str, Any]) 
 
 REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
     (SELECTORS[0], lambda: by_hand.Recycled(96, 4, kernel=5)),
-    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2)),
+    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2, window=1)),
+    ({"selector": "recycled", "kernel": 7}, lambda: by_hand.Recycled(96, 50, kernel=7, window=24)),
+    (
+        {"selector": "recycled", "stride": 9, "similarity": 0.9, "check_every": 2, "window": 16},
+        lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16),
+    ),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
     (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1], kernel=3)),
     (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
