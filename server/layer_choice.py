@@ -24,10 +24,10 @@ queries) to int64 [num_kv_heads or 1, q, K], places of tokens."""
 
 
 def tidal_lists(strongest: torch.Tensor) -> torch.Tensor:
-    """The newest token and the K - 1 strongest others, by KV head."""
+    """The newest token and the K - 1 others that get most of all KV heads together: one list."""
     _, queries, n = strongest.shape
     rows = torch.arange(queries, device=strongest.device)
-    scores = strongest.clone()
+    scores = strongest.sum(0, keepdim=True)
     scores[:, rows, n - queries + rows] = float("inf")
     return scores.topk(n // SHARE, dim=-1).indices
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
@@ -61,6 +62,8 @@ class TidalReader(Reader):
             if cache.layer in self.selecting:
                 scores, pooled = self.buffers.scores, self.buffers.pooled
                 self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
+                if self.per_head:
+                    self.ops.add_heads(scores, rows, cache, Mode.SELECT)
                 self.ops.pool_scores(pooled, scores, rows, cache, Mode.SELECT)
                 self.select(pooled, rows, cache)
             return
@@ -81,14 +84,18 @@ class TidalReader(Reader):
 class Tidal(Selector):
     """Two layers choose the tokens that all layers behind them read, anew at every step.
 
-    The first two layers read everything, the third as well and chooses; a correction layer does so once more. Of a
-    group of query heads the strongest probability counts (the paper's code keeps a list for each query head). The
-    newest token is always among the chosen. Four of the model's layers read everything, so the saving has an end: a
-    model of 32 layers can't gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no
-    policy.
+    The first two layers read everything, the third as well and chooses; a correction layer does so once more. (With
+    `longreach calibrate --selection-layers N`, N measured ones choose: more find more, and cost more.) Of a group of
+    query heads the strongest probability counts. What KV heads give is added, so that all of them read one list: the
+    third head of one layer has nothing to do with the third of another. With `heads` "own" each has the list of the
+    head with its number, as in the paper's code (which keeps one for each query head). The newest token is always among
+    the chosen. Four of the model's layers read everything, so the saving has an end: a model of 32 layers can't gain
+    more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor parallel,
+    the heads of one GPU have a list together.
 
     Formula:
-        at layers 2 and c the K tokens with the highest max over the group of softmax(q k_j / sqrt d).
+        at layers 2 and c the K tokens with the highest sum over KV heads of max over the group of
+        softmax(q k_j / sqrt d).
     """
 
     name = "tidal"
@@ -99,3 +106,12 @@ class Tidal(Selector):
 
     class Args(ListArgs):
         min_context: int = shortest(8192)
+        heads: Literal["shared", "own"] = Field(
+            "shared", description="Whether all KV heads of a layer read one list, or each that of its number."
+        )
+
+    args: Args
+
+    @property
+    def threshold(self) -> float:
+        return float(self.args.heads == "shared")

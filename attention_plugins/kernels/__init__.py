@@ -7,11 +7,12 @@ from attention_plugins.kernels.page_rows import full_rows
 from attention_plugins.kernels.places import place_slots
 from attention_plugins.kernels.quest import page_scores
 from attention_plugins.kernels.recycle import append_newest, evict_least
-from attention_plugins.kernels.scores import pool_scores, token_scores
+from attention_plugins.kernels.scores import add_heads, pool_scores, token_scores
 from attention_plugins.kernels.top import top_pages, top_slots
 from attention_plugins.naive.quest import page_bounds, write_bounds
 
 __all__ = [
+    "add_heads",
     "append_newest",
     "evict_least",
     "full_rows",

@@ -1,4 +1,4 @@
-"""`attention_plugins.naive.token_scores` as a kernel, as fast as the keys can be read, and `pool_scores`."""
+"""`attention_plugins.naive.scores` as kernels; `token_scores` is as fast as the keys can be read."""
 
 from __future__ import annotations
 
@@ -95,6 +95,37 @@ def token_scores(
         scores, scores.stride(0), scale,
         **shape, **widths, MEAN=reduce == "mean", TOKENS=_TOKENS,
         num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _add_heads(
+    table, layer, modes, want, starts, thresholds, scores, stride,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    request, program = tl.program_id(0), tl.program_id(1)
+    if (tl.load(modes + request) & want) == 0 or tl.load(thresholds + request) <= 0.0:
+        return
+    length, _ = open_row(table, layer, request, 0, LAYERS, HEADS, PAGE)
+    first, stride = scores + tl.load(starts + request), tl.cast(stride, tl.int64)
+    for begin in range(program * TOKENS, length, tl.num_programs(1) * TOKENS):
+        place = begin + tl.arange(0, TOKENS)
+        there = place < length
+        total = tl.zeros([TOKENS], tl.float32)
+        for head in tl.static_range(HEADS):
+            total += tl.load(first + head * stride + place, mask=there, other=0.0)
+        total = nan_first(total)
+        for head in tl.static_range(HEADS):
+            tl.store(first + head * stride + place, total, mask=there)
+
+
+def add_heads(scores: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
+    """See `attention_plugins.naive.add_heads`."""
+    shape = table_shape(rows)
+    chunks = triton.cdiv(min(scores.shape[1], most_tokens(rows)), _POOLED)
+    _add_heads[(len(rows), programs_each(len(rows), 1, chunks))](
+        table_of(rows), cache.layer, rows.modes, int(want), rows.starts, rows.thresholds, scores, scores.stride(0),
+        **shape, TOKENS=_POOLED, num_warps=4,
     )  # fmt: skip
 
 

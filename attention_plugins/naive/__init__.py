@@ -10,10 +10,11 @@ from attention_plugins.naive.places import place_slots
 from attention_plugins.naive.quest import page_bounds, page_scores, write_bounds
 from attention_plugins.naive.recycle import append_newest, evict_least
 from attention_plugins.naive.rows import full_rows
-from attention_plugins.naive.scores import pool_scores, token_scores
+from attention_plugins.naive.scores import add_heads, pool_scores, token_scores
 from attention_plugins.naive.top import top_pages, top_slots
 
 __all__ = [
+    "add_heads",
     "append_newest",
     "evict_least",
     "full_rows",

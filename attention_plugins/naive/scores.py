@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_plugins.decode.rows import DecodeRows, LayerCache
-from attention_plugins.naive.sequences import Sequences, nan_first, read, real_queries, wanted_heads
+from attention_plugins.naive.sequences import Sequences, nan_first, read, real_queries, wanted, wanted_heads
 
 
 def token_scores(
@@ -40,6 +40,23 @@ def token_scores(
             each = (each - lse[row, head]).exp()
         start = int(rows.starts[row])
         scores[head, start : start + len(slots)] = nan_first(each.amax(-1) if reduce == "max" else each.mean(-1))
+
+
+def add_heads(scores: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:
+    """Let each token's scores of all KV heads be their sum, in wanted rows whose threshold is above 0. Heads of such a
+    row hold the same tokens.
+
+    Args:
+        scores: float32 [num_kv_heads, columns]; of these rows, those from `rows.starts` on are written. A sum that
+            isn't a number is stored as infinity.
+        want: set of `Mode`s.
+    """
+    sequences = Sequences.of(rows, cache)
+    for row in wanted(rows, want):
+        if rows.thresholds[row] > 0:
+            start = int(rows.starts[row])
+            own = scores[:, start : start + int(sequences.lengths[row, 0])]
+            own.copy_(nan_first(own.sum(0)))
 
 
 def pool_scores(pooled: torch.Tensor, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache, want: int) -> None:

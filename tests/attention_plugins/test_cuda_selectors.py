@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.attention_plugins.selector_world import SelectorWorld
 
 Make = Callable[..., "SelectorWorld"]
-CASES = ["recycled", "recycled-turning", "tidal", "lessismore", "quest", "loki", "local"]
+CASES = ["recycled", "recycled-turning", "tidal", "tidal-shared", "lessismore", "quest", "loki", "local"]
 EACH = pytest.mark.parametrize("case", CASES)
 CACHES = pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 

@@ -67,8 +67,8 @@ class Loki:
 class Tidal:
     """`selecting` layers choose, layers before the first read everything."""
 
-    def __init__(self, k: int, selecting: list[int], kernel: int = 1) -> None:
-        self.k, self.selecting, self.kernel = k, selecting, kernel
+    def __init__(self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False) -> None:
+        self.k, self.selecting, self.kernel, self.shared = k, selecting, kernel, shared
         self.chosen: list[list[int]] = []
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,12 @@ class Tidal:
         return mask_of(self.chosen, keys.shape[1])
 
     def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
-        return top_tokens(queries, keys, self.k, True, self.kernel)
+        if not self.shared:
+            return top_tokens(queries, keys, self.k, True, self.kernel)
+        given = (queries @ keys.transpose(1, 2)).softmax(-1).amax(1).sum(0).tolist()
+        near = [max(given[max(0, at - self.kernel // 2) : at + self.kernel // 2 + 1]) for at in range(len(given))]
+        best = sorted(range(len(given) - 1), key=lambda at: -near[at])[: self.k - 1]
+        return [[len(given) - 1, *best]] * len(keys)
 
 
 class LessIsMore(Tidal):
@@ -122,7 +127,7 @@ class Recycled:
             for position in range(before, n):
                 votes += (group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before] / self.window
             near = [float(votes[:, max(0, at - reach) : at + reach + 1].max()) for at in range(before)]
-            best = sorted(range(before), key=lambda at: -near[at])[: self.k - self.window]  # noqa: B023
+            best = sorted(range(before), key=lambda at: -near[at])[: self.k - self.window]
             self.lists[layer].append([*best, *range(before, n)])
         self.queries[layer] = queries[:, :, -1]
 

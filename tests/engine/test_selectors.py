@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 SELECTORS: list[dict[str, Any]] = [
     {"selector": "recycled", "stride": 4, "kernel": 5, "window": 0},
     {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1, "window": 1},
-    {"selector": "tidal", "kernel": 1},
+    {"selector": "tidal", "kernel": 1, "heads": "own"},
     {"selector": "lessismore", "kernel": 3},
     {"selector": "quest"},
     {"selector": "loki"},
@@ -60,6 +60,7 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
         lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16),
     ),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
+    ({"selector": "tidal", "kernel": 3}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
     (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1], kernel=3)),
     (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
     (SELECTORS[5], lambda: by_hand.Loki(96)),
@@ -99,9 +100,32 @@ def test_chunked_prompts_and_shared_prefixes_answer_alike(engine: Engine, select
     assert shared.tokens == chunked.tokens == whole.tokens
 
 
+@pytest.mark.parametrize("chunk", [160, 630, 640])
+def test_the_prompts_last_queries_are_computed_whatever_was_cached(engine: Engine, chunk: int) -> None:
+    """Chunks end within the window (630) and before it; without a selector all but the last token is a hit."""
+    prompt, words = prompt_of(641), asking({"selector": "recycled", "window": 24})
+    (whole,) = engine.run([Job(prompt, decode=words)])
+    (dense,) = engine.run([Job(prompt)])
+    engine.set_chunk(chunk)
+    (shared,) = engine.run([Job(prompt, decode=words)])
+    assert (dense.cached_tokens, shared.cached_tokens) == (640, 608)
+    engine.forget_prefixes()
+    (chunked,) = engine.run([Job(prompt, decode=words)])
+    assert shared.tokens == chunked.tokens == whole.tokens
+    assert whole.steps == chunked.steps == {"reuse": 11}
+    assert not engine.runtime.selecting.windows
+
+
+def test_a_compressed_request_selects_at_its_first_step(engine: Engine) -> None:
+    """What the window would be compared with isn't all there; K is less than what the policy keeps."""
+    policy = {"policy": "snapkv", "budget": 192}
+    (job,) = engine.run([Job(prompt_of(641), policy, 12, asking({"selector": "recycled"}))])
+    assert job.steps == {"select": 1, "reuse": 10}
+
+
 def test_concurrent_requests_answer_as_one_at_a_time(engine: Engine) -> None:
     """All selectors, dense and compressed requests, in phases of their own, while prompts arrive in chunks."""
-    choices = [None, *SELECTORS]
+    choices = [None, *SELECTORS, {"selector": "recycled"}]
 
     def jobs() -> list[Job]:
         found = []
