@@ -96,11 +96,12 @@ def by_hand(model: Any, prompt: list[int], selecting: int, reading: int) -> dict
             union += [order[rank] for order in others if order[rank] not in union]
         shared = near + union[: tokens - tokens // 4]
         assert len(shared) == tokens
+        together = strongest.sum(0)
+        added = [newest, *sorted(range(newest), key=lambda j, s=together: -float(s[j]))][:tokens]  # type: ignore[misc]
         for head in range(HEADS * GROUP):
-            own = [newest, *(place for place in orders[head // GROUP] if place != newest)][:tokens]
             given = attention[reading, head, row]
             far = range(16, newest - 128 + 1)
-            for name, places in {"tidal": own, "lessismore": shared, "all": list(far)}.items():
+            for name, places in {"tidal": added, "lessismore": shared, "all": list(far)}.items():
                 held[name][head // GROUP] += float(given[[place for place in places if place in far]].sum())
     every = held.pop("all")
     return {name: sum(found / of for found, of in zip(held[name], every, strict=True)) / HEADS for name in held}
@@ -139,7 +140,7 @@ def test_lists_are_distinct_tokens_that_the_query_sees(lists: Any) -> None:
     n = 1027
     strongest = torch.rand(HEADS, QUERIES, n).tril(n - QUERIES)
     chosen = lists(strongest)
-    assert chosen.shape == (HEADS if lists is tidal_lists else 1, QUERIES, n // 16)
+    assert chosen.shape == (1, QUERIES, n // 16)
     for head in chosen:
         for row, places in enumerate(head.tolist()):
             newest = n - QUERIES + row
