@@ -91,7 +91,7 @@ def test_selectors_are_enabled_by_name(argv: tuple[str, ...], enabled: list[str]
     [
         (("--decode-tokens", "64"), ("--decode-tokens without a selector", "--decode-attention NAME", "tidal")),
         (("--decode-attention", "tidal", "--decode-stride", "5"),
-         ("--decode-stride: the selector tidal takes --decode-tokens, --decode-min-context, --decode-kernel, --decode-heads.",)),
+         ("--decode-stride: the selector tidal takes --decode-tokens, --decode-min-context,", "--decode-heads.")),
         (("--decode-attention", "tide"), ("--decode-attention: unknown selector 'tide'", "dense, recycled")),
         (("--decode-attention", "tidal", "--decode-tokens", "31"), ("--decode-tokens: ", "got 31", ">= 32")),
         (("--decode-attention", "tidal", "--decode-selectors", "quest"),
