@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,25 @@ from attention_plugins.vllm_adapter.worker import CompressionWorker
 from kvcache.pages import PageCodec, PageGeometry
 from kvcache.vllm_adapter.start_faults import telling
 
+PRIMITIVES = 64
+"""Compiled matrix products that oneDNN keeps, unless the environment says otherwise (docs/settings.md)."""
+
+
+def bound_primitives() -> None:
+    """Have oneDNN keep fewer compiled products than its 1,024, where nobody has said how many.
+
+    It compiles one for each number of rows and each shape of weights, about 0.3 MiB apiece, so a server whose batches
+    are never alike grows by hundreds of MiB until all places are taken. Layers of one shape share theirs within a step,
+    for which few are enough, and vLLM's layers hold those of their last 32 numbers of rows anyway. oneDNN has no other
+    setting that reaches the copies inside torch and vLLM, and reads this one when its first product is compiled.
+    """
+    if not {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"} & os.environ.keys():
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(PRIMITIVES)
+
+
 # A worker's module is imported before its model is built, so the model's layers find our backend.
 cpu_backend.register()
+bound_primitives()
 
 
 class _Discarded(torch.Generator):

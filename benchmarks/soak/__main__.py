@@ -1,10 +1,11 @@
 """Hours of everything at once: does a server stay whole? Any two requests at the same time, streams that clients cut,
 aborts, preemptions in a small pool; and canaries whose answers never change.
 
-python -m benchmarks.soak --minutes 30 --output soak.json [--model FOLDER] [-- FLAGS OF longreach serve]
+python -m benchmarks.soak --minutes 30 --output soak.json [--model FOLDER] [--stock] [-- FLAGS OF longreach serve]
 
 The server checks itself after every step (`--kv-audit 1`): blocks used are blocks owned, page tables have owned pages
-alone, none twice, compacted lengths are the planned ones. Exit code 1 where anything is wrong.
+alone, none twice, compacted lengths are the planned ones. Exit code 1 where anything is wrong. `--stock` asks vLLM's
+own server, to tell what is ours from what is vLLM's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.serving import running_server
+from benchmarks.loadtest.systems import runnable
+from benchmarks.serving import longreach_command, running_command
 from benchmarks.soak.adapter import write_adapter
 from benchmarks.soak.report import plot, problems, summary
 from benchmarks.soak.run import features_of, soak
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--flash-attention", type=int, choices=(2, 3), default=2, help="version on GPUs; with 3 and "
                         "heads not of 128, canaries that answer otherwise are counted and not held against it "
                         "(2)")  # fmt: skip
+    parser.add_argument("--stock", action="store_true", help="vLLM's own server instead: no fields, flags and audit of "
+                        "ours, and, as its CPU build fails at these, no LoRA, seeds and prompt_logprobs")  # fmt: skip
     parser.add_argument("--no-adapters", dest="adapters", action="store_false", help="no LoRA")
     parser.add_argument("--output", type=Path, help="JSON; a picture of the same name is drawn where matplotlib is")
     parser.add_argument("--log", type=Path, help="where the server prints")
@@ -64,17 +68,22 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or str(ensure_embedded_model())
         config = json.loads((Path(model) / "config.json").read_text())
-        flags = ["--kv-audit", str(args.audit), "--scheduling-policy", "priority", "--decode-selectors", *SELECTORS]
+        flags = ["--scheduling-policy", "priority"]
         attention = ["--attention-config", json.dumps({"flash_attn_version": args.flash_attention})]
         flags += attention if cuda else ["--dtype", "float32"]
-        if args.adapters:
+        if not args.stock:
+            flags += ["--kv-audit", str(args.audit), "--decode-selectors", *SELECTORS]
+        elif not cuda:  # as ours are where nothing is said
+            flags += ["--enforce-eager", "--block-size", "32"]
+        if args.adapters and not args.stock:
             folders = {f"soak-{seed}": write_adapter(config, Path(scratch) / f"lora-{seed}", seed) for seed in (1, 2)}
             flags += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lora-modules"]
             flags += [f"{name}={folder}" for name, folder in folders.items()]
         log = args.log or Path(scratch) / "log"
         flags += ["--served-model-name", Path(args.model).name if args.model else EMBEDDED_MODEL_NAME]
-        with running_server(log, model, *flags, *args.flags, limit=600) as server:
-            known: dict[str, Any] = {"longest": args.longest, "answer": args.answer}
+        command = runnable(("vllm", "serve", model)) if args.stock else [*longreach_command(), "serve", model]
+        with running_command(log, [*command, *flags, *args.flags], limit=600) as server:
+            known: dict[str, Any] = {"longest": args.longest, "answer": args.answer, "stock": args.stock}
             features = features_of(server, vocabulary=args.vocabulary or config["vocab_size"], **known)
             print(f"{features}\n{' '.join([*flags, *args.flags])}", flush=True)
             result = soak(
@@ -83,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
         errors = _errors(log)
     result = {
-        "date": str(date.today()), "model": features.model, "device": _device(cuda), "dtype": "auto" if cuda else
-        "float32", "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1" if cuda else None,
+        "date": str(date.today()), "stock": args.stock, "model": features.model, "device": _device(cuda),
+        "dtype": "auto" if cuda else "float32",
+        "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1" if cuda else None,
         "flags": args.flags, "longest": features.longest, **result, "errors_in_log": errors,
     }  # fmt: skip
     result["failures"] += [f"the server's log: {line}" for line in errors]

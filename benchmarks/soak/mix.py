@@ -49,6 +49,8 @@ REFUSED: list[dict[str, Any]] = [
     {"prompt": [1] * 100_000},
 ]
 """Fields that make a request a 400."""
+OURS = ("kv_cache", "decode_attention", "prefill_attention")
+"""Fields that vLLM's own server doesn't know."""
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
@@ -69,6 +71,8 @@ class Features:
         patterns: whether there are any.
         priorities: whether it schedules by them.
         prompt_logprobs: whether it can tell those.
+        stock: whether it is vLLM's own server, which gets neither fields of ours nor, as its engine on CPUs would end
+            of them, seeds.
     """
 
     model: str
@@ -81,6 +85,7 @@ class Features:
     patterns: bool = True
     priorities: bool = False
     prompt_logprobs: bool = True
+    stock: bool = False
 
 
 @dataclass
@@ -136,7 +141,8 @@ class Mix:
             "ignore_eos": choose.random() < 0.7,
         }
         if choose.random() < 0.06:
-            body |= {"prompt": self.tokens(40), **choose.choice(REFUSED)}
+            known = [words for words in REFUSED if not (features.stock and words.keys() & set(OURS))]
+            body |= {"prompt": self.tokens(40), **choose.choice(known)}
             return Ask("refused", "/v1/completions", body, refused=True)
         tags = self._words(body)
         if features.adapters and choose.random() < 0.2:
@@ -161,6 +167,8 @@ class Mix:
 
     def _words(self, body: dict[str, Any]) -> list[str]:
         """Policy, selector and pattern; their names."""
+        if self.features.stock:
+            return []
         choose, features, tags = self.choose, self.features, []
         policy = choose.choice([words for words in POLICIES if words["policy"] in ("none", *features.policies)])
         body["kv_cache"] = policy
@@ -181,7 +189,9 @@ class Mix:
     def _extras(self, body: dict[str, Any], tags: list[str]) -> None:
         choose, features = self.choose, self.features
         if choose.random() < 0.15:
-            body |= {"n": choose.choice((2, 3)), "temperature": 1.2, "seed": choose.randrange(1 << 30)}
+            body |= {"n": choose.choice((2, 3)), "temperature": 1.2}
+            if not features.stock:
+                body["seed"] = choose.randrange(1 << 30)
             tags.append("n")
         if choose.random() < 0.15:
             body["logprobs"] = choose.choice((1, 4))
@@ -223,6 +233,8 @@ def canaries(features: Features) -> dict[str, dict[str, Any]]:
     prompt = [choose.randrange(100, features.vocabulary) for _ in range(longest)]
     base = {"model": features.model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True,
             "return_token_ids": True, "logprobs": 2}  # fmt: skip
+    if features.stock:
+        return {"whole": base}
     found: dict[str, dict[str, Any]] = {"whole": {**base, "kv_cache": {"policy": "none"}}}
     if features.policies:
         found["compacted"] = {**base, "kv_cache": {"policy": "snapkv", "budget": 256}}

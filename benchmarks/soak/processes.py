@@ -45,6 +45,27 @@ def resident(process: int) -> float | None:
     return None
 
 
+def parts(process: int) -> dict[str, float]:
+    """MiB of a process' resident memory by what it is; empty: it is gone.
+
+    `heap` is the C library's; `anonymous` what was mapped for large tensors, threads' heaps and stacks; `mapped` files,
+    most of them libraries, and shared memory.
+    """
+    found = {"heap": 0.0, "anonymous": 0.0, "mapped": 0.0}
+    kind = ""
+    try:
+        for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+            words = line.split()
+            if words[0] == "Rss:":
+                found[kind] += int(words[1]) / 1024
+            elif not words[0].endswith(":"):  # a mapping's addresses, rights, offset, device, inode and, maybe, name
+                name = words[5] if len(words) > 5 else ""
+                kind = "heap" if name == "[heap]" else "mapped" if name.startswith("/") else "anonymous"
+    except OSError:
+        return {}
+    return {kind: round(size, 1) for kind, size in found.items()}
+
+
 def slope(times: Sequence[float], values: Sequence[float]) -> float:
     """Of the line through these points, by least squares: units of values per unit of time; 0 where there is none."""
     mean_t, mean_v = sum(times) / len(times), sum(values) / len(values)

@@ -14,7 +14,7 @@ import httpx
 from benchmarks.serving import Server
 from benchmarks.soak.clients import Clients, Found, wait_until
 from benchmarks.soak.mix import Features, Mix, canaries
-from benchmarks.soak.processes import resident, slope, tree
+from benchmarks.soak.processes import parts, resident, slope, tree
 
 EVERY = 1.0
 """Seconds between two samples."""
@@ -27,13 +27,20 @@ GROWTH = 0.02, 24.0
 
 @dataclass
 class Series:
-    """Samples: `seconds` since the beginning, `pool` in use (0 to 1), requests, MiB by process."""
+    """Samples: `seconds` since the beginning, `pool` in use (0 to 1), requests, MiB by process; `parts`: what these are
+    at the beginning and at the end."""
 
     seconds: list[float] = field(default_factory=list)
     pool: list[float] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def take_parts(self, processes: dict[str, int]) -> None:
+        """What the processes' memory is at this moment."""
+        for name, process in processes.items():
+            self.parts.setdefault(name, []).append(parts(process))
 
     def sample(self, server: Server, began: float, processes: dict[str, int]) -> None:
         pool, running, waiting = (server.metric(name) for name in (POOL, RUNNING, WAITING))
@@ -44,10 +51,10 @@ class Series:
         for name, process in processes.items():
             self.memory.setdefault(name, []).append(round(resident(process) or 0.0, 1))
 
-    def memory_told(self) -> dict[str, dict[str, float | bool]]:
+    def memory_told(self) -> dict[str, dict[str, Any]]:
         """Of each process: MiB at the beginning, half-way and at the end; MiB an hour over the second half; whether it
-        grew by no more than `GROWTH` allows."""
-        told: dict[str, dict[str, float | bool]] = {}
+        grew by no more than `GROWTH` allows; what it was at first and in the end."""
+        told: dict[str, dict[str, Any]] = {}
         half = len(self.seconds) // 2
         for name, values in self.memory.items():
             times = self.seconds[half:]
@@ -57,7 +64,7 @@ class Series:
                 "first": values[0], "half": values[half], "last": values[-1],
                 "mib_per_hour": round(by_hour, 1), "grown_mib": round(grown, 1),
                 "bound_mib": round(GROWTH[0] * values[half] + GROWTH[1], 1),
-                "flat": grown <= GROWTH[0] * values[half] + GROWTH[1],
+                "flat": grown <= GROWTH[0] * values[half] + GROWTH[1], "parts_mib": self.parts.get(name, []),
             }  # fmt: skip
         return told
 
@@ -71,30 +78,31 @@ class Series:
         }  # fmt: skip
 
 
-def features_of(server: Server, **known: Any) -> Features:
+def features_of(server: Server, *, stock: bool = False, **known: Any) -> Features:
     """Ask a server what it takes.
 
     Args:
+        stock: it is vLLM's own.
         known: fields of `Features` that can't be asked for.
     """
     models = json.loads(server.get("/v1/models"))["data"]
+    base = next(model for model in models if not model.get("parent"))
+    answer = known.pop("answer", None) or 120
+    longest = min(known.pop("longest", None) or 1500, base["max_model_len"] - answer - 8)
+    known |= {"longest": longest, "answer": answer, "priorities": _takes(server, base["id"], priority=1)}
+    if stock:
+        return Features(base["id"], patterns=False, prompt_logprobs=False, stock=True, **known)
     selectors = json.loads(server.get("/v1/decode/selectors"))
     policies = json.loads(server.get("/v1/kv/policies"))
     patterns = json.loads(server.get("/v1/prefill/patterns"))
-    base = next(model for model in models if not model.get("parent"))
-    longest = known.pop("longest", None) or 1500
-    answer = known.pop("answer", None) or 120
     return Features(
         model=base["id"],
-        longest=min(longest, base["max_model_len"] - answer - 8),
-        answer=answer,
         adapters=tuple(model["id"] for model in models if model.get("parent")),
         selectors=tuple(one["name"] for one in selectors["data"] if one["enabled"]),
         policies=tuple(
             one["name"] for one in policies["data"] if policies["available"] and not one.get("unavailable_reason")
         ),
         patterns=patterns["available"],
-        priorities=_takes(server, base["id"], priority=1),
         prompt_logprobs=_takes(server, base["id"], prompt_logprobs=1),
         **known,
     )
@@ -153,6 +161,7 @@ async def _soak(
     for name, body in bodies.items():  # alone: what they always have to answer
         await clients.canary(name, body)
     alone = time.monotonic() - began
+    await asyncio.to_thread(series.take_parts, processes)
     tasks = [clients.ask_on(Mix(features, seed * 1000 + index)) for index in range(number)]
     sampler = asyncio.create_task(sample())
     await asyncio.gather(*tasks, clients.watch_canaries(bodies, pause))
@@ -171,6 +180,7 @@ async def _soak(
         found.fail(f"the server has ended: {server.process.poll()}")
     ended = True
     await sampler
+    await asyncio.to_thread(series.take_parts, processes)
     await clients.http.aclose()
     return {
         "seconds": round(time.monotonic() - began, 1), "seconds_alone": round(alone, 1), "clients": number,

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from benchmarks.soak.clients import Clients, Found, _difference
-from benchmarks.soak.mix import POLICIES, Ask, Features, Mix, canaries
-from benchmarks.soak.processes import resident, slope, tree
+from benchmarks.soak.mix import OURS, POLICIES, Ask, Features, Mix, canaries
+from benchmarks.soak.processes import parts, resident, slope, tree
 from benchmarks.soak.report import problems, summary
 from benchmarks.soak.run import Series
 from kvcache.registry import make_policy
@@ -36,6 +36,17 @@ def test_the_mix_has_everything_and_is_always_the_same() -> None:
         prompt = ask.body.get("prompt", [])
         assert ask.refused or (len(prompt) <= 900 and all(100 <= token < 5000 for token in prompt))
         assert not ("selector tidal" in ask.tags and ask.body["kv_cache"]["policy"] != "none")
+
+
+def test_stock_vllm_is_asked_for_nothing_of_ours() -> None:
+    features = Features("m", 900, 60, 5000, patterns=False, priorities=True, prompt_logprobs=False, stock=True)
+    mix = Mix(features, 3)
+    asks = [mix.draw() for _ in range(1000)]
+    assert {ask.kind for ask in asks} == {"refused", "structured", "completion", "stream", "cut stream", "aborted"}
+    for body in [*(ask.body for ask in asks), *canaries(features).values()]:
+        assert not body.keys() & {*OURS, "seed", "prompt_logprobs"}
+    # Without what makes it a 400 a refused request would be none.
+    assert all(ask.body["temperature"] < 0 or len(ask.body["prompt"]) > 900 for ask in asks if ask.refused)
 
 
 def test_a_budget_is_what_the_plan_keeps_at_most() -> None:
@@ -149,8 +160,10 @@ def test_memory_is_that_of_the_servers_processes() -> None:
         found = tree(parent.pid)
         assert found["API"] == parent.pid and child in found.values() and os.getpid() not in found.values()
         assert 1 < (resident(child) or 0) < 500
+        assert sum(parts(child).values()) == pytest.approx(resident(child), abs=1)
+        assert all(size > 0.1 for size in parts(child).values())
         parent.communicate("\n")
-    assert resident(parent.pid) is None
+    assert resident(parent.pid) is None and parts(parent.pid) == {}
 
 
 @pytest.mark.parametrize("by_hour, flat", [(0.0, True), (40.0, True), (2000.0, False)])
