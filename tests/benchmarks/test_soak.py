@@ -152,8 +152,9 @@ def test_what_is_wrong_is_told() -> None:
 
 
 def test_memory_is_that_of_the_servers_processes() -> None:
-    script = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=-1); " \
-        "print(p.pid, flush=True); input()"  # fmt: skip
+    # The child says when it has started: only then its memory stays as it is.
+    script = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'print(flush=True); input()'], " \
+        "stdin=-1, stdout=-1); p.stdout.readline(); print(p.pid, flush=True); input()"  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
