@@ -22,7 +22,7 @@ from attention_plugins.kernels.tables import (
     typed_queries,
 )
 
-_PAGES, _WARPS, _STAGES = 32, 4, 1
+_PAGES, _WARPS, _STAGES = 64, 8, 1
 _PROGRAMS = 4096
 
 
