@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 MODULE = "vllm.vllm_flash_attn"
 
 
-def real_parameters() -> set[str]:
+def real_signature() -> inspect.Signature:
     """What vLLM's own function takes, from its source: importing that needs the CUDA build."""
     vllm = find_spec("vllm")
     assert vllm is not None and vllm.origin
@@ -24,12 +25,19 @@ def real_parameters() -> set[str]:
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef) and node.name == flash_attn_varlen_func.__name__
     )
-    return {argument.arg for argument in function.args.args}
+    names = [argument.arg for argument in function.args.args]
+    required = len(names) - len(function.args.defaults)
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return inspect.Signature(
+        [inspect.Parameter(name, kind, default=empty if i < required else None) for i, name in enumerate(names)]
+    )
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Let vLLM's CPU build have the function; its module can't even be imported there."""
+    """Let vLLM's CPU build have the function; its module can't even be imported there. It is known by the parameters of
+    the real one, as start-up compares them."""
     stand_in = ModuleType(MODULE)
+    patch.setattr(flash_attn_varlen_func, "__signature__", real_signature(), raising=False)
     stand_in.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     patch.setitem(sys.modules, MODULE, stand_in)
 
