@@ -40,6 +40,8 @@ def _attend(
 ):  # fmt: skip
     """Part of a list: the sum of values, the largest logit (a power of two) and the sum of powers, by query head."""
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PAGE > 1:  # lists of pages are written in between, so that queries are there already
+        q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
     after_previous(PDL)
     at, count, wanted = _list_of(modes, want, counts, into, request, head, HEADS)
     splits, count = tl.num_programs(2), tl.where(wanted, count, 0)
@@ -47,7 +49,8 @@ def _attend(
     end = tl.minimum(count, (split + 1) * each)
     if split * each >= end:
         return
-    q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
+    if PAGE == 1:
+        q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
     member, dim = tl.arange(0, GROUP_2), tl.arange(0, DIM_2)
     real, row = member < GROUP, request * HEADS + head
     listed = slots + at.to(tl.int64) * slots_stride

@@ -47,6 +47,34 @@ def _grow(
     tl.store(high, largest.to(bounds.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def _bounds_of(
+    bounds, table, row, first, last,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of numbers of a program's pages, [PAGES, 2 * DIM_2]."""
+    number, channel = first + tl.arange(0, PAGES), tl.arange(0, 2 * DIM_2)
+    there = number < last
+    page = page_at(table, row, number, there, HEADS).to(tl.int64)
+    mask = there[:, None] & (channel < 2 * DIM)
+    return tl.load(bounds + page[:, None] * (2 * DIM) + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _score(out, bound, each, weights, first, last, GROUP: tl.constexpr, MAX: tl.constexpr, PAGES: tl.constexpr):
+    number, bound = first + tl.arange(0, PAGES), bound.to(tl.float32)
+    if MAX:
+        GROUP_2: tl.constexpr = each.shape[0]
+        member = tl.arange(0, GROUP_2)[:, None]
+        score = tl.full([PAGES], float("-inf"), tl.float32)
+        for one in tl.static_range(GROUP):
+            weights = tl.sum(tl.where(member == one, each, 0.0), 0)
+            score = tl.maximum(score, nan_first(tl.sum(bound * weights, 1)))
+    else:
+        score = nan_first(tl.sum(bound * weights, 1))
+    tl.store(out + number, score, mask=number < last)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _page_scores(
     table, layer, modes, want, starts, queries, queries_stride, contents, key_factor, bounds, scores, scores_stride,
@@ -57,16 +85,24 @@ def _page_scores(
 ):  # fmt: skip
     """A page's smallest elements and its largest ones are one row of numbers. So are what they are multiplied with: a
     query's elements where they are negative, then those that are positive. Added over the group beforehand, for a sum.
+
+    The first program of axis 2 grows the newest page's bounds, which nobody scores; the others score.
     """
-    request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    after_previous(PDL)
+    request, head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2) - 1
     mode = tl.load(modes + request)
     length, row = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
     last = (tl.where((mode & want) != 0, length, 0) + PAGE - 1) // PAGE - 1
-    if program * PAGES > tl.maximum(last, 0) or last < 0:
+    out = scores + head.to(tl.int64) * scores_stride + tl.load(starts + request) // PAGE
+    first = tl.maximum(program, 0) * PAGES
+    # The kernel before writes neither tables nor bounds of pages that have a later one: they may be read this soon.
+    bound = _bounds_of(bounds, table, row, first, tl.where(program < 0, 0, last), HEADS, DIM, DIM_2, PAGES)
+    after_previous(PDL)
+    if program < 0:
+        if last >= 0:
+            _grow(table, row, length, contents, bounds, key_factor, HEADS, PAGE, DIM, DIM_2)
         return
-    if program == 0:
-        _grow(table, row, length, contents, bounds, key_factor, HEADS, PAGE, DIM, DIM_2)
+    if first >= last:
+        return
     member, channel = tl.arange(0, GROUP_2)[:, None], tl.arange(0, 2 * DIM_2)
     large, real = channel >= DIM, channel < 2 * DIM
     q = queries + request.to(tl.int64) * queries_stride + (head * GROUP + member) * DIM
@@ -74,21 +110,11 @@ def _page_scores(
     q = q.to(tl.float32) * factor
     each = tl.where(large, tl.where(q < 0.0, 0.0, q), tl.where(q > 0.0, 0.0, q))
     weights = tl.sum(each, 0)
-    out = scores + head.to(tl.int64) * scores_stride + tl.load(starts + request) // PAGE
-    for first in tl.range(program * PAGES, last, tl.num_programs(2) * PAGES, num_stages=STAGES):
-        number = first + tl.arange(0, PAGES)
-        there = number < last
-        page = page_at(table, row, number, there, HEADS).to(tl.int64)
-        bound = tl.load(bounds + page[:, None] * (2 * DIM) + channel, mask=there[:, None] & real, other=0.0)
-        bound = bound.to(tl.float32)
-        if MAX:
-            score = tl.full([PAGES], float("-inf"), tl.float32)
-            for one in tl.static_range(GROUP):
-                weights = tl.sum(tl.where(member == one, each, 0.0), 0)
-                score = tl.maximum(score, nan_first(tl.sum(bound * weights, 1)))
-        else:
-            score = nan_first(tl.sum(bound * weights, 1))
-        tl.store(out + number, score, mask=there)
+    _score(out, bound, each, weights, first, last, GROUP, MAX, PAGES)
+    stride = (tl.num_programs(2) - 1) * PAGES
+    for later in tl.range(first + stride, last, stride, num_stages=STAGES):
+        bound = _bounds_of(bounds, table, row, later, last, HEADS, DIM, DIM_2, PAGES)
+        _score(out, bound, each, weights, later, last, GROUP, MAX, PAGES)
 
 
 def _programs_each(n: int, num_kv_heads: int, chunks: int) -> int:
@@ -107,7 +133,7 @@ def page_scores(
     """See `attention_plugins.naive.page_scores`; `bounds` is contiguous."""
     shape, contents, (queries, factor, widths) = table_shape(rows), contents_of(cache), typed_queries(cache, queries)
     chunks = triton.cdiv(min(scores.shape[1], rows.block_table.shape[1]), _PAGES)
-    _page_scores[(len(rows), shape["HEADS"], _programs_each(len(rows), shape["HEADS"], chunks))](
+    _page_scores[(len(rows), shape["HEADS"], 1 + _programs_each(len(rows), shape["HEADS"], chunks))](
         table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0),
         contents, cache.quant.key if contents.element_size() == 1 else 1.0, bounds, scores, scores.stride(0), factor,
         **shape, GROUP=widths["GROUP"], GROUP_2=triton.next_power_of_2(widths["GROUP"]), DIM=widths["DIM"],

@@ -86,16 +86,19 @@ def _top_in_registers(
     N: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request, head = tl.program_id(0), tl.program_id(1)
-    after_previous(PDL)
+    if KIND != 2:  # callers may just have written `tokens`
+        after_previous(PDL)
     length, row, candidates, k, start, at = _open(
         table, layer, modes, want, tokens, starts, into, request, head, width, LAYERS, HEADS, PAGE, KIND, DENSE
     )  # fmt: skip
+    line, place = out + at.to(tl.int64) * out_stride, tl.arange(0, N)
+    there = place < candidates
+    if KIND == 2:  # scores of pages are written last, after all tables
+        after_previous(PDL)
     if length <= 0:
         if KIND == 2:
             tl.store(counts + at, 0)
         return
-    line, place = out + at.to(tl.int64) * out_stride, tl.arange(0, N)
-    there = place < candidates
     if k == candidates:
         tl.store(line + place, _value(table, row, place, there, HEADS, PAGE, KIND), mask=there)
     elif k > 0:
