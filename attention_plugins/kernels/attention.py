@@ -12,7 +12,7 @@ from attention_plugins.decode.rows import DecodeRows, LayerCache
 from attention_plugins.kernels.overlap import after_previous, overlapping
 from attention_plugins.kernels.tables import VARYING, contents_of, load_queries, nan_first, typed_queries
 
-_TOKENS, _LOGITS, _MAX_SPLITS = 64, 1024, 64
+_TOKENS, _PAGE_TOKENS, _LOGITS, _MAX_SPLITS = 64, 32, 1024, 64
 _WARPS, _STAGES = 4, 3
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 
@@ -190,7 +190,8 @@ def _attend_lists(
     fp8 = contents.element_size() == 1
     scale *= cache.scale * (cache.quant.key if fp8 else 1.0) * math.log2(math.e)
     among = heads if cache.invariant else n * heads
-    splits = max(1, min(triton.cdiv(width, _TOKENS), _PROGRAMS // among, _MAX_SPLITS))
+    tokens = _TOKENS if page == 1 else _PAGE_TOKENS
+    splits = max(1, min(triton.cdiv(width, tokens), _PROGRAMS // among, _MAX_SPLITS))
     overlap = overlapping(out.device)
     soft = torch.empty(n * heads, splits, group, 2, device=out.device)
     sums = torch.empty(n * heads, splits, group, dim, device=out.device)
@@ -198,12 +199,12 @@ def _attend_lists(
     _attend[(n, heads, splits)](
         rows.modes, int(want), queries, queries.stride(0), contents, lists, lists.stride(-2), counts, into,
         sums, soft, raw, width, scale,
-        HEADS=heads, **widths, TOKENS=_TOKENS, PAGE=page, num_warps=_WARPS, num_stages=_STAGES, **overlap,
+        HEADS=heads, **widths, TOKENS=tokens, PAGE=page, num_warps=_WARPS, num_stages=_STAGES, **overlap,
     )  # fmt: skip
     chunks = 0 if logits is None else triton.cdiv(width, _LOGITS)
     _combine[(n, heads, group + chunks)](
         rows.modes, int(want), counts, into, sums, soft, raw, width, out, out.stride(0),
         logits, width, splits, cache.quant.value if fp8 else 1.0,
         HEADS=heads, GROUP=group, DIM=dim, DIM_2=widths["DIM_2"],
-        TOKENS=_TOKENS, SPLITS_2=triton.next_power_of_2(splits), LOGITS=_LOGITS, num_warps=4, **overlap,
+        TOKENS=tokens, SPLITS_2=triton.next_power_of_2(splits), LOGITS=_LOGITS, num_warps=4, **overlap,
     )  # fmt: skip
