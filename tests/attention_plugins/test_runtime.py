@@ -76,7 +76,7 @@ class Worker:
             said = {
                 name: Read(name, selector, Mode.SELECT, 300, 64, 0.0, -1) for name, selector in (reads or {}).items()
             }
-            attach_orders(output, StepOrders(list(start), list(compact), list(prepare), reads=said))
+            attach_orders(output, StepOrders(list(start), list(compact), prepare=list(prepare), reads=said))
         self.runtime.begin_step(output)
         assert self.runtime.in_step
         return self.runtime.kind, self.runtime.recording

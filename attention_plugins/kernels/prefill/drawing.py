@@ -42,9 +42,11 @@ def _draw(
         line = diagonals + head.to(tl.int64) * diagonals_head
         far = first_row + ROWS - 1 - start
         near = far - (UNIT - 1)
-        there = far // ROWS < (k_len + ROWS - 1) // ROWS
-        found = found | (tl.load(line + far // ROWS, mask=visible & there, other=0) != 0)
-        found = found | (tl.load(line + near // ROWS, mask=visible & (near >= 0), other=0) != 0)
+        # Rows behind the last one have no distances; the first units, which would see them, are drawn anyway.
+        distances = (k_len + ROWS - 1) // ROWS
+        found = found | (tl.load(line + far // ROWS, mask=visible & (far // ROWS < distances), other=0) != 0)
+        there = (near >= 0) & (near // ROWS < distances)
+        found = found | (tl.load(line + near // ROWS, mask=visible & there, other=0) != 0)
     if shared is not None:
         group = first_row // span - (k_len - q_len) // span
         line = shared + (head.to(tl.int64) * groups + group) * k_units
