@@ -27,6 +27,9 @@ COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
 """Of a policy that several have, the last one's row counts."""
 SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
+LATER_QUALITY = "2026-11-23-selector-quality-7000-h100.json"
+"""With recycled's window and tidal's shared lists."""
+TAILS = "2026-11-23-pattern-quality-tails-7000-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
@@ -95,6 +98,11 @@ def measured_selectors() -> dict[str, dict[str, Any]]:
     for row in _read(SELECTOR_QUALITY)["rows"]:
         if row["section"] == "needles" and (own := found.get(row["label"].partition(",")[0])):
             own["needles"].setdefault((row["label"], row["tokens"]), {})[row["task"]] = row
+    for run in _read(LATER_QUALITY)["runs"]:
+        remark = f"later; seed {run['settings']['seed']}{'; seven layers' if run['settings']['calibrated'] else ''}"
+        for row in run["rows"]:
+            if own := found.get(row["label"].partition(",")[0]):
+                own["needles"].setdefault((f"{row['label']} ({remark})", row["tokens"]), {})[row["task"]] = row
     return found
 
 
@@ -132,6 +140,7 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     page = jinja.get_template("selector.md.jinja")
     told, settings = measured_selectors(), _read(SELECTOR_QUALITY)["settings"]
     files = {"speed_file": SPEED, "speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
+    files["later_file"] = LATER_QUALITY
     for selector in selectors:
         found[f"selectors/{selector['name']}.md"] = page.render(
             selector=selector, needs=needs_of(selector), measured=told.get(selector["name"]), **files
@@ -150,6 +159,16 @@ def measured_prefill() -> dict[str, list[dict[str, Any]]]:
             more = {"stock": stock[row["prompt"], row["batch"]], "told": f"`{json.dumps(told)}`"}
             found.setdefault(row["words"]["pattern"], []).append(row | more)
     return {name: sorted(own, key=lambda row: (-row["prompt"], row["batch"])) for name, own in found.items()}
+
+
+def measured_tails() -> dict[str, list[str]]:
+    """By setting of a pattern, passkeys and several keys of both seeds."""
+    found: dict[str, list[str]] = {}
+    for run in _read(TAILS)["runs"]:
+        for row in run["rows"]:
+            more = f", {row['found_all']}" if row["found_all"] != row["found"] else ""
+            found.setdefault(row["label"], []).append(f"{row['found']}/{row['dense']}{more}")
+    return found
 
 
 def measured_patterns() -> dict[str, dict[str, str]]:
@@ -181,7 +200,8 @@ def _patterns(jinja: Environment) -> dict[str, str]:
         found[f"patterns/{name}.md"] = page.render(
             pattern=pattern, needs=needs[name], speed=speed.get(name), quality=own, **files
         )
-    found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files)
+    tails = {"tails": measured_tails(), "tails_file": TAILS}
+    found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files, **tails)
     return found
 
 
