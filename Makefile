@@ -70,7 +70,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: debian lint $(TOOLS)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 # Tests of what is missing say so, too.
 debian:

@@ -39,17 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-SHARED = {"e2e", "engine", "faults", "inprocess"}
-"""Folders whose tests share a server or an engine, or must follow each other."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What goes to one process of pytest-xdist's (`-n 2 --dist loadgroup`): such a folder, else a file."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in SHARED else str(item.path)))
-
-
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
