@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingW
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from attention_plugins.decode.schedule import Prepare
+from attention_plugins.decode.schedule import Prepare, Watch
 from attention_plugins.vllm_adapter.runtime import CompressionRuntime
 from kvcache.compressor import Compressor
 from kvcache.pages import InterleavedCodec, PageGeometry
@@ -94,7 +94,9 @@ class Broken(AssertionError):
 
 
 class _Selectors:
-    """In place of a worker's selectors: reads everything, looks at orders."""
+    """In place of a worker's selectors: reads everything, looks at orders, keeps no queries."""
+
+    windows: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, world: Worker) -> None:
         self.world = world
@@ -105,6 +107,16 @@ class _Selectors:
         own = row.tables[0][order.first_block : order.first_block + len(order.blocks)]
         if own != order.blocks[: len(own)] or order.tokens > (order.first_block + len(order.blocks)) * PAGE:
             raise Broken(f"{order} isn't what {order.request_id} holds: {row.tables[0]}")
+
+    def watch(self, order: Watch) -> None:
+        if not 0 <= order.first < order.end:
+            raise Broken(f"{order} has no queries")
+
+    def windows_of(self, request_id: str) -> tuple[()]:
+        return ()
+
+    def finish(self, request_id: str) -> None:
+        pass
 
     def graph(self, scheduled: Mapping[str, int]) -> None:
         return None
