@@ -36,11 +36,11 @@ def _attend(
     modes, want, queries, queries_stride, contents, slots, slots_stride, counts, into, sums, soft, raw, raw_stride,
     scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    FP8: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
+    FP8: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part of a list: the sum of values, the largest logit (a power of two) and the sum of powers, by query head."""
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PAGE > 1:  # lists of pages are written in between, so that queries are there already
+    if EARLY:
         q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
     after_previous(PDL)
     at, count, wanted = _list_of(modes, want, counts, into, request, head, HEADS)
@@ -49,7 +49,7 @@ def _attend(
     end = tl.minimum(count, (split + 1) * each)
     if split * each >= end:
         return
-    if PAGE == 1:
+    if not EARLY:
         q = load_queries(queries, queries_stride, request, head, GROUP, GROUP_2, DIM, DIM_2, FP8)
     member, dim = tl.arange(0, GROUP_2), tl.arange(0, DIM_2)
     real, row = member < GROUP, request * HEADS + head
@@ -186,7 +186,9 @@ def _attend_lists(
     n, heads, group, dim = out.shape
     if out.stride()[1:] != (group * dim, dim, 1):
         raise ValueError(f"a row of `out` must have no gaps; its strides are {out.stride()}")
-    contents, (queries, scale, widths) = contents_of(cache), typed_queries(cache, queries)
+    contents, given, (queries, scale, widths) = contents_of(cache), queries.data_ptr(), typed_queries(cache, queries)
+    # Lists of pages are chosen by the queries, so these are older than the kernel ahead, unless they were just copied.
+    early = page > 1 and queries.data_ptr() == given
     fp8 = contents.element_size() == 1
     scale *= cache.scale * (cache.quant.key if fp8 else 1.0) * math.log2(math.e)
     among = heads if cache.invariant else n * heads
@@ -199,7 +201,8 @@ def _attend_lists(
     _attend[(n, heads, splits)](
         rows.modes, int(want), queries, queries.stride(0), contents, lists, lists.stride(-2), counts, into,
         sums, soft, raw, width, scale,
-        HEADS=heads, **widths, TOKENS=tokens, PAGE=page, num_warps=_WARPS, num_stages=_STAGES, **overlap,
+        HEADS=heads, **widths, TOKENS=tokens, PAGE=page, EARLY=early, num_warps=_WARPS, num_stages=_STAGES,
+        **overlap,
     )  # fmt: skip
     chunks = 0 if logits is None else triton.cdiv(width, _LOGITS)
     _combine[(n, heads, group + chunks)](
