@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,18 @@ def test_too_many_rows_are_read_whole(make: Make) -> None:
     assert set(world.reads) == set("012345"), "states are kept"
     check(world, world.run(dict.fromkeys("012456", 1), finished=["3"]))
     assert set(world.reads) == set("012456")
+
+
+def test_quest_has_one_way_to_read_pages_in_batch_invariant_mode(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it would read short lists by a kernel of its own, beside dense requests by FlashAttention."""
+    world = make()
+    for layer, cache in zip(world.layers, world.runtime.selecting.caches, strict=True):
+        layer.impl.cache = replace(cache, invariant=True)
+    monkeypatch.delattr(world.runtime.selecting.readers["quest"].ops, "page_attention")
+    world.ask("one", "quest", 95)
+    world.run({"one": 95})
+    check(world, world.run({"one": 1}))
+    assert set(world.reads) == {"one"}
 
 
 # Graphs
