@@ -44,6 +44,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "xattention 8": {"pattern": "xattention", "threshold": 0.07},
     "xattention 16": {"pattern": "xattention", "threshold": 0.07, "stride": 16},
     "xattention 32": {"pattern": "xattention", "threshold": 0.07, "stride": 32},
+    "xattention 64": {"pattern": "xattention", "threshold": 0.07, "stride": 64},
     "minference": {"pattern": "minference", "vertical": 300, "slash": 50},
     "anchor": {"pattern": "anchor"},
     "streaming": {"pattern": "streaming", "window": 6144},

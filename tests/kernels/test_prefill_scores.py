@@ -64,6 +64,13 @@ def test_column_sums(case: Case, dtype: torch.dtype, device: torch.device) -> No
     close(kernels.column_sums(chunk, rows), plain.column_sums(expected, rows), dtype)
 
 
+@pytest.mark.parametrize("case", [Case(300, 999, group=3), Case(140, 5000)])
+def test_column_sums_of_several_programs(case: Case, device: torch.device) -> None:
+    chunk, expected = case.make(device)
+    rows = torch.arange(case.q_len, device=device)
+    close(kernels.column_sums(chunk, rows), plain.column_sums(expected, rows), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_pools(case: Case, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,7 +83,7 @@ def test_pools(case: Case, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CASES, Case(300, 4500), Case(128, 256)])
-@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
 def test_antidiagonals(case: Case, stride: int, dtype: torch.dtype, device: torch.device) -> None:
     chunk, expected = replace(case, dtype=dtype).make(device)
     close(kernels.antidiagonal_masses(chunk, stride), plain.antidiagonal_masses(expected, stride), dtype)
