@@ -28,6 +28,7 @@ class Found:
         failures: sentences, one for each answer that is not what it should be; the first 50.
         canaries: by name, how many answers there were and how many were the first one's.
         tokens: of all whole answers; `kept`: answers whose compressed length was checked.
+        say: gets each failure as it is found.
     """
 
     asked: Counter[str] = field(default_factory=Counter)
@@ -37,10 +38,17 @@ class Found:
     canaries: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: int = 0
     kept: int = 0
+    say: Callable[[str], None] = lambda line: None
 
     def fail(self, text: str) -> None:
         if len(self.failures) < 50:
             self.failures.append(text[:500])
+            self.say(f"FAILURE: {text[:500]}")
+
+    def same_canaries(self) -> str:
+        """How many answers of canaries were the first one's."""
+        same, asked = (sum(told[key] for told in self.canaries.values()) for key in ("same", "asked"))
+        return f"{same} of {asked} canaries the same"
 
 
 class Clients:

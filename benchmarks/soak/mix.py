@@ -154,15 +154,18 @@ class Mix:
             return self._structured(body, tags)
         body["prompt"] = self.prompt()
         self._extras(body, tags)
-        ask = Ask("completion", "/v1/completions", body, budget=_budget(body), tags=tuple(tags))
+        ask = Ask("completion", "/v1/completions", body, budget=_budget(body))
         kind = choose.random()
         if kind < 0.5:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
+            if body.pop("prompt_logprobs", None):  # vLLM has none in streams
+                tags.remove("prompt logprobs")
             ask.kind = "stream"
             if kind < 0.2:
                 ask.kind, ask.cut_after = "cut stream", choose.randrange(1, max(2, body["max_tokens"] // 2))
         elif kind < 0.6:
             ask.kind, ask.cut_seconds = "aborted", choose.choice((0.01, 0.1, 0.5, 2.0, 5.0))
+        ask.tags = tuple(tags)
         return ask
 
     def _words(self, body: dict[str, Any]) -> list[str]:

@@ -132,7 +132,7 @@ async def _soak(
     server: Server, features: Features, seconds: float, number: int, seed: int, pause: float,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    found, series, ended = Found(), Series(), False
+    found, series, ended = Found(say=progress), Series(), False
     began = time.monotonic()
     end = began + seconds
 
@@ -154,7 +154,7 @@ async def _soak(
                 return
             if number % 60 == 0:
                 progress(f"{series.seconds[-1]:.0f} s: {found.asked.total()} requests, {series.running[-1]} running, "
-                         f"pool {series.pool[-1]:.0%}, {len(found.failures)} failures")  # fmt: skip
+                         f"pool {series.pool[-1]:.0%}, {found.same_canaries()}, {len(found.failures)} failures")  # fmt: skip
             number += 1
             await asyncio.sleep(EVERY)
 

@@ -36,6 +36,8 @@ def test_the_mix_has_everything_and_is_always_the_same() -> None:
         prompt = ask.body.get("prompt", [])
         assert ask.refused or (len(prompt) <= 900 and all(100 <= token < 5000 for token in prompt))
         assert not ("selector tidal" in ask.tags and ask.body["kv_cache"]["policy"] != "none")
+        assert not ("prompt_logprobs" in ask.body and "stream" in ask.body)  # a 400
+        assert ("prompt logprobs" in ask.tags) == ("prompt_logprobs" in ask.body)
 
 
 def test_stock_vllm_is_asked_for_nothing_of_ours() -> None:
@@ -62,9 +64,9 @@ def test_a_budget_is_what_the_plan_keeps_at_most() -> None:
     assert seen > 50
 
 
-def answered(reply: Callable[[dict[str, Any]], httpx.Response], ask: Ask) -> Found:
+def answered(reply: Callable[[dict[str, Any]], httpx.Response], ask: Ask, **more: Any) -> Found:
     """What a client finds of an answer."""
-    found = Found()
+    found = Found(**more)
 
     async def run() -> None:
         clients = Clients("http://server", found, lambda: True)
@@ -98,8 +100,9 @@ def test_answers_as_asked_for_pass() -> None:
     (whole(policy="none"), "told {'policy': 'none'"), (whole(answers=2), "2 answers to"), (whole(status=500), ": 500 "),
 ])  # fmt: skip
 def test_answers_that_are_not_are_told(reply: Any, message: str) -> None:
-    (failure,) = answered(reply, ask()).failures
-    assert message in failure
+    lines: list[str] = []
+    (failure,) = answered(reply, ask(), say=lines.append).failures
+    assert message in failure and lines == [f"FAILURE: {failure}"]
 
 
 def test_streams_are_cut_or_read_to_the_end() -> None:
@@ -122,6 +125,8 @@ def test_canaries_differ_by_noise_or_by_more() -> None:
     first = [{"a": -0.1, "b": -2.0}, {"c": -0.5, "d": -0.51}]
     other = [{"a": -0.1001, "b": -2.0}, {"c": -0.5, "d": -0.4999}]
     assert _difference([1, 2], first, [1, 3], other) == {"token": 1, "margin": 0.01, "noise": 0.0101}
+    found = Found(canaries={"whole": {"asked": 3, "same": 2}, "adapter": {"asked": 4, "same": 4}})
+    assert found.same_canaries() == "6 of 7 canaries the same"
 
 
 def result(**change: Any) -> dict[str, Any]:

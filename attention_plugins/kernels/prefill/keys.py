@@ -24,7 +24,7 @@ def fitting(sizes: dict[str, Any], queries: torch.Tensor) -> dict[str, Any]:
     half as many rows, and no loads ahead, are what fits in shared memory."""
     width = queries.shape[-1] * queries.element_size()
     while width > TUNED_BYTES:
-        halves = ("ROWS", "MEMBERS")
+        halves = ("ROWS", "MEMBERS", "QUERIES")
         halved = {name: max(1, size // 2) if name in halves else size for name, size in sizes.items()}
         sizes, width = halved | {"num_stages": 1}, width // 2
     return sizes

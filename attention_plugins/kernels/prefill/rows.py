@@ -7,6 +7,7 @@ follow each other by 32, each group's keys shifted by as much. Logits are in pow
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,9 @@ DENOMINATORS: dict[str, Any] = {"ROWS": 256, "KEYS": 64, "num_warps": 8, "num_st
 STRIPES: dict[str, Any] = {"MEMBERS": 4, "num_warps": 8, "num_stages": 4}
 FEW_STRIPES: dict[str, Any] = {"MEMBERS": 2, "num_warps": 4, "num_stages": 4}
 """Of models with at most two query heads for each KV head."""
-COLUMNS: dict[str, Any] = {"MEMBERS": 2, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
-FEW_COLUMNS: dict[str, Any] = {"MEMBERS": 1, "ROWS": 128, "KEYS": 64, "num_warps": 4, "num_stages": 3}
-"""Of models with one query head for each KV head."""
+COLUMNS: dict[str, Any] = {"ROWS": 64, "KEYS": 128, "num_warps": 4, "num_stages": 2}
 # Numbers that differ from chunk to chunk are no compile-time constants: a new one must not wait for a compiler.
-_VARYING = ["width", "m", "splits", "parts", "keys_each", "chunks_each", "chunks", "offset", "q_len", "k_len"]
+_VARYING = ["width", "m", "splits", "keys_each", "chunks_each", "chunks", "offset", "q_len", "k_len"]
 
 
 @triton.jit
@@ -213,50 +212,29 @@ def _shear(sums, sums_width, diagonals, m, k_len, factor, STEP: tl.constexpr, GR
     tl.store(diagonals + head.to(tl.int64) * k_len + distance, total * factor, mask=distance < k_len)
 
 
-@triton.jit
-def _add_columns(
-    q, denominator, columns, line, start, end, last, pages, table, scale,
-    PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    MEMBERS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """Sums over rows for the keys of this range, by member. ALL: all rows see all of whole tiles."""
-    for first in range(start, end, KEYS):
-        position = first + tl.arange(0, KEYS)
-        k = load_keys(pages, table, position, position < end, PAGE, DIM, DIM_2).to(q.dtype)
-        shares = _shares(q, denominator, k, position, last, scale, ALL)
-        found = tl.sum(tl.reshape(shares, [MEMBERS, ROWS, KEYS]), 1)
-        tl.store(columns + line[:, None] + position, found, mask=(line >= 0)[:, None] & (position < end)[None, :])
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def _columns(
-    queries, stride, rows, pages, table, width, partial, columns, m, offset, k_len, scale, splits, keys_each, parts,
+    queries, stride, rows, pages, table, width, partial, columns, m, offset, k_len, scale, splits,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, SPLITS: tl.constexpr,
-    MEMBERS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Of some query heads of a group, a part of the rows summed at a part of the keys."""
-    tile, head, split = tl.program_id(0) // parts, tl.program_id(1), tl.program_id(2)
-    part, place = tl.program_id(0) % parts, tl.arange(0, MEMBERS * ROWS)
-    member, number = tile * MEMBERS + place // ROWS, part * ROWS + place % ROWS
-    real = (member < GROUP) & (number < m)
-    row = tl.load(rows + number, mask=real, other=0)
-    q = load_rows(queries, stride, row, head * GROUP + member, real, DIM, DIM_2)
-    denominator = _denominator(partial, (head * GROUP + member) * m + number, real, splits, SPLITS)
-    last = (offset + row).to(tl.int32)
-    own = tile * MEMBERS + tl.arange(0, MEMBERS)
-    heads = tl.num_programs(1) * GROUP
-    line = tl.where(own < GROUP, (part * heads + head * GROUP + own).to(tl.int64) * k_len, -1)
-    first = split * keys_each
-    end = tl.minimum(first + keys_each, k_len)
-    common = tl.min(tl.where(real, last, 2147483647), 0) + 1
-    clean = tl.maximum(tl.minimum(common, end) - first, 0) // KEYS * KEYS + first
-    of = table + head.to(tl.int64) * width
-    _add_columns(
-        q, denominator, columns, line, first, clean, last, pages, of, scale, PAGE, DIM, DIM_2, MEMBERS, ROWS, KEYS, True
-    )
-    _add_columns(
-        q, denominator, columns, line, clean, end, last, pages, of, scale, PAGE, DIM, DIM_2, MEMBERS, ROWS, KEYS, False
-    )
+    head = tl.program_id(1)
+    position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    k = load_keys(pages, table + head.to(tl.int64) * width, position, position < k_len, PAGE, DIM, DIM_2)
+    k = k.to(queries.dtype.element_ty)
+    for member in range(GROUP):
+        total = tl.zeros([KEYS], tl.float32)
+        for start in range(0, m, ROWS):
+            number = start + tl.arange(0, ROWS)
+            real = number < m
+            row = tl.load(rows + number, mask=real, other=0)
+            q = load_rows(queries, stride, row, head * GROUP + member, real, DIM, DIM_2)
+            denominator = _denominator(partial, (head * GROUP + member) * m + number, real, splits, SPLITS)
+            shares = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - denominator[None, :])
+            seen = position[:, None] <= (offset + row).to(tl.int32)[None, :]
+            total += tl.sum(tl.where(seen & real[None, :], shares, 0.0), 1)
+        at = (head * GROUP + member).to(tl.int64) * k_len + position
+        tl.store(columns + at, total, mask=position < k_len)
 
 
 class Denominators(NamedTuple):
@@ -292,19 +270,16 @@ def denominators(chunk: Chunk, rows: torch.Tensor) -> Denominators:
 
 def column_sums(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
     """See `attention_plugins.prefill.scores.column_sums`."""
-    partial, given, most_splits = denominators(chunk, rows)
-    (kv_heads, group), k_len = given.heads, chunk.k_len
-    sizes = fitting(COLUMNS if group >= COLUMNS["MEMBERS"] else FEW_COLUMNS, given.queries)
-    parts, tiles = triton.cdiv(len(rows), sizes["ROWS"]), triton.cdiv(group, sizes["MEMBERS"])
-    columns = torch.empty(parts, chunk.num_heads, k_len, device=rows.device)
-    splits = max(1, min(triton.cdiv(k_len, 4 * sizes["KEYS"]), PROGRAMS // (kv_heads * parts * tiles)))
-    each = triton.cdiv(triton.cdiv(k_len, splits), sizes["KEYS"]) * sizes["KEYS"]
-    _columns[(parts * tiles, kv_heads, triton.cdiv(k_len, each))](
+    partial, given, _ = denominators(chunk, rows)
+    # Each program needs all rows' denominators: parts are merged once. Logarithms of base 2 stay what they are.
+    partial = partial.mul(math.log(2)).logsumexp(-1, keepdim=True).div(math.log(2))
+    columns = torch.empty(chunk.num_heads, chunk.k_len, device=rows.device)
+    sizes = fitting(COLUMNS, given.queries)
+    _columns[(triton.cdiv(chunk.k_len, sizes["KEYS"]), given.heads[0])](
         given.queries, given.queries.stride(0), rows, given.pages, given.table, given.table.stride(0), partial, columns,
-        len(rows), chunk.offset, k_len, given.scale, partial.shape[1], each, parts,
-        **given.shape, SPLITS=most_splits, **sizes,
+        len(rows), chunk.offset, chunk.k_len, given.scale, 1, **given.shape, SPLITS=1, **sizes,
     )  # fmt: skip
-    return columns.sum(0) if parts > 1 else columns[0]
+    return columns
 
 
 def last_row_sums(chunk: Chunk, count: int) -> torch.Tensor:
