@@ -30,6 +30,7 @@ SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector
 LATER_QUALITY = "2026-11-23-selector-quality-7000-h100.json"
 """With recycled's window and tidal's shared lists."""
 TAILS = "2026-11-23-pattern-quality-tails-7000-h100.json"
+MORE_TAILS = "2026-11-23-pattern-quality-second-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
@@ -161,13 +162,14 @@ def measured_prefill() -> dict[str, list[dict[str, Any]]]:
     return {name: sorted(own, key=lambda row: (-row["prompt"], row["batch"])) for name, own in found.items()}
 
 
-def measured_tails() -> dict[str, list[str]]:
-    """By setting of a pattern, passkeys and several keys of both seeds."""
+def measured_tails(file: str) -> dict[str, list[str]]:
+    """By setting of a pattern, the share that was computed, and passkeys and several keys of each run."""
     found: dict[str, list[str]] = {}
-    for run in _read(TAILS)["runs"]:
+    for run in _read(file)["runs"]:
         for row in run["rows"]:
+            found.setdefault(row["label"], [f"{100 * row['density']:.0f} %" if "density" in row else "100 %"])
             more = f", {row['found_all']}" if row["found_all"] != row["found"] else ""
-            found.setdefault(row["label"], []).append(f"{row['found']}/{row['dense']}{more}")
+            found[row["label"]].append(f"{row['found']}/{row['dense']}{more}")
     return found
 
 
@@ -200,7 +202,8 @@ def _patterns(jinja: Environment) -> dict[str, str]:
         found[f"patterns/{name}.md"] = page.render(
             pattern=pattern, needs=needs[name], speed=speed.get(name), quality=own, **files
         )
-    tails = {"tails": measured_tails(), "tails_file": TAILS}
+    tails = {"tails": measured_tails(TAILS), "tails_file": TAILS, "more": measured_tails(MORE_TAILS),
+             "more_file": MORE_TAILS}  # fmt: skip
     found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files, **tails)
     return found
 

@@ -32,6 +32,16 @@ def shortest(tokens: int) -> Any:
     return Field(tokens, ge=0, description="Shorter contexts are read whole: there this costs more time than it saves.")
 
 
+def pooling(width: int) -> Any:
+    """The argument `kernel`: over how many tokens scores are pooled, unless a request says otherwise."""
+    return Field(
+        width,
+        ge=1,
+        le=127,
+        description="Tokens over which scores are max-pooled before the choice; odd, 1: not at all.",
+    )
+
+
 class SelectorArgs(Arguments):
     """Arguments that every selector takes. Unknown fields are errors."""
 
@@ -44,12 +54,7 @@ class SelectorArgs(Arguments):
 class ListArgs(SelectorArgs):
     """Of selectors that choose single tokens by what attention gives them."""
 
-    kernel: Odd = Field(
-        KERNEL,
-        ge=1,
-        le=127,
-        description="Tokens over which scores are max-pooled before the choice; odd, 1: not at all.",
-    )
+    kernel: Odd = pooling(KERNEL)
 
 
 class Selector(Method):

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, pooling, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
+from kvcache.method import Odd
 
 FIRST_SELECTION = 2
 """Layers before it read everything."""
@@ -89,8 +90,9 @@ class Tidal(Selector):
     query heads the strongest probability counts. What KV heads give is added, so that all of them read one list: the
     third head of one layer has nothing to do with the third of another. With `heads` "own" each has the list of the
     head with its number, as in the paper's code (which keeps one for each query head). The newest token is always among
-    the chosen. Four of the model's layers read everything, so the saving has an end: a model of 32 layers can't gain
-    more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor parallel,
+    the chosen. Scores aren't pooled unless `kernel` says so: in a list of all heads a token's neighbours push out what
+    few of them look for. Four of the model's layers read everything, so the saving has an end: a model of 32 layers can't
+    gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor parallel,
     the heads of one GPU have a list together.
 
     Formula:
@@ -106,6 +108,7 @@ class Tidal(Selector):
 
     class Args(ListArgs):
         min_context: int = shortest(8192)
+        kernel: Odd = pooling(1)
         heads: Literal["shared", "own"] = Field(
             "shared", description="Whether all KV heads of a layer read one list, or each that of its number."
         )

@@ -153,8 +153,9 @@ async def _soak(
                 found.fail(f"/metrics: {error}")
                 return
             if number % 60 == 0:
-                progress(f"{series.seconds[-1]:.0f} s: {found.asked.total()} requests, {series.running[-1]} running, "
-                         f"pool {series.pool[-1]:.0%}, {found.same_canaries()}, {len(found.failures)} failures")  # fmt: skip
+                state = f"{series.running[-1]} running, pool {series.pool[-1]:.0%}, {found.same_canaries()}"
+                asked, failed = found.asked.total(), len(found.failures)
+                progress(f"{series.seconds[-1]:.0f} s: {asked} requests, {state}, {failed} failures")
             number += 1
             await asyncio.sleep(EVERY)
 

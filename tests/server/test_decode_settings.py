@@ -47,7 +47,7 @@ def test_without_flags_everything_is_read_and_what_costs_little_may_be_asked_for
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--decode-attention", "tidal"), {"selector": "tidal", "tokens": 2048, "min_context": 8192, "kernel": 21}),
+        (("--decode-attention", "tidal"), {"selector": "tidal", "tokens": 2048, "min_context": 8192, "kernel": 1}),
         (("--decode-attention=recycled", "--decode-tokens=512", "--decode-min-context", "0", "--decode-stride=9"),
          {"selector": "recycled", "tokens": 512, "min_context": 0, "stride": 9, "similarity": 0.0}),
         (("--decode-attention", "quest"), {"selector": "quest"}),
