@@ -91,9 +91,9 @@ class Tidal(Selector):
     third head of one layer has nothing to do with the third of another. With `heads` "own" each has the list of the
     head with its number, as in the paper's code (which keeps one for each query head). The newest token is always among
     the chosen. Scores aren't pooled unless `kernel` says so: in a list of all heads a token's neighbours push out what
-    few of them look for. Four of the model's layers read everything, so the saving has an end: a model of 32 layers can't
-    gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor parallel,
-    the heads of one GPU have a list together.
+    few of them look for. Four of the model's layers read everything, so the saving has an end: a model of 32 layers
+    can't gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor
+    parallel, the heads of one GPU have a list together.
 
     Formula:
         at layers 2 and c the K tokens with the highest sum over KV heads of max over the group of
