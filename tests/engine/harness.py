@@ -91,7 +91,8 @@ class Engine:
         self.scheduler = core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.manager = self.scheduler.kv_blocks
-        self.runtime = core.model_executor.driver_worker.worker.runtime
+        self.worker = core.model_executor.driver_worker.worker
+        self.runtime = self.worker.runtime
         self.compressor = self.runtime.compressor
         self.all_free = self.pool.get_num_free_blocks()
         self._chunk = self.scheduler.max_num_scheduled_tokens

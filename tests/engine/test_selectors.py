@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from attention_plugins.decode.registry import selectors
+from attention_plugins.vllm_adapter import worker
 from tests.engine import selector_reference as by_hand
 from tests.engine.harness import PAGE, Engine, Job
 from tests.engine.test_answers import prompt_of
@@ -211,3 +213,14 @@ def test_warming_up_touches_no_request(engine: Engine, selector: dict[str, Any])
         engine.step()
         engine.runtime.selecting.warm_up(256)
     assert job.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_caches_know_batch_invariant_mode(engine: Engine, invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's switch, as it is when the worker starts."""
+    for layer in engine.worker.attention_layers:  # put back behind the test
+        monkeypatch.setattr(layer.impl, "cache", layer.impl.cache)
+    monkeypatch.setattr(worker, "envs", SimpleNamespace(VLLM_BATCH_INVARIANT=invariant))
+    selecting = engine.worker._selecting(engine.runtime.compressor)
+    known = [*selecting.caches, *(layer.impl.cache for layer in engine.worker.attention_layers)]
+    assert {cache.invariant for cache in known} == {invariant}
