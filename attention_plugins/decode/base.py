@@ -32,7 +32,7 @@ def shortest(tokens: int) -> Any:
     return Field(tokens, ge=0, description="Shorter contexts are read whole: there this costs more time than it saves.")
 
 
-def pooling(width: int) -> Any:
+def pooled(width: int) -> Any:
     """The argument `kernel`: over how many tokens scores are pooled, unless a request says otherwise."""
     return Field(
         width,
@@ -54,7 +54,7 @@ class SelectorArgs(Arguments):
 class ListArgs(SelectorArgs):
     """Of selectors that choose single tokens by what attention gives them."""
 
-    kernel: Odd = pooling(KERNEL)
+    kernel: Odd = pooled(KERNEL)
 
 
 class Selector(Method):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, pooling, shortest
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, pooled, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from kvcache.method import Odd
 
@@ -108,7 +108,7 @@ class Tidal(Selector):
 
     class Args(ListArgs):
         min_context: int = shortest(8192)
-        kernel: Odd = pooling(1)
+        kernel: Odd = pooled(1)
         heads: Literal["shared", "own"] = Field(
             "shared", description="Whether all KV heads of a layer read one list, or each that of its number."
         )

@@ -91,7 +91,7 @@ def needles(driver: Driver, cells: Sequence[Cell], args: Namespace, add: Add) ->
     """One row for every cell and task; a task's budget of tokens is spent whether it needs it or not."""
     tokenizer = driver.engine.tokenizer
     prompts = key_prompts(tokenizer, args.tokens, args.documents, args.keys, args.seed)
-    prompts = [prompt for prompt in prompts if prompt.task in getattr(args, "tasks", ANSWER_TOKENS)]
+    prompts = [prompt for prompt in prompts if prompt.task in args.tasks]
     longest([prompt.prompt for prompt in prompts], max(ANSWER_TOKENS.values()), driver.engine.max_model_len)
 
     def answers(cell: Cell) -> tuple[list[frozenset[str]], Counter[str], list[float]]:

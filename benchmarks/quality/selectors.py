@@ -1,6 +1,7 @@
 """What sparse decoding loses beside dense attention, by selector and K.
 
 python -m benchmarks.quality.selectors MODEL_FOLDER|embedded --output FILE.json [--sections needles kl agreement]
+    [--tasks passkey multi-key]
     [--selectors NAME[,ARG=VALUE...] ...] [--budgets 512] [--calibration FILE] [any `serve` flag of vLLM]
 
 Sections are described in `benchmarks.quality.selector_sections`. Every row is printed and put into the file as soon as
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.quality.selector_cases import ANSWER_TOKENS
 from benchmarks.quality.table import EMBEDDED
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ BATCH = {
     "cuda": ["--max-num-seqs", "256", "--max-num-batched-tokens", "8192", "--cudagraph-capture-sizes",
              "8", "16", "32", "48", "64", "96", "128", "144"],
 }  # fmt: skip
-WORTH = ("model", "tokens", "documents", "keys", "seed", "kl_prompts", "kl_tokens", "agreement_prompt",
+WORTH = ("model", "tokens", "documents", "keys", "seed", "tasks", "kl_prompts", "kl_tokens", "agreement_prompt",
          "agreement_prompts", "output_tokens", "calibrated", "flags")  # fmt: skip
 """Settings that rows of one file have in common."""
 
@@ -58,6 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add("model", help="folder of a model with a chat template, or `embedded`")
     add("--output", type=Path, required=True, help="JSON of all rows; rows that are in it aren't measured again")
     add("--sections", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    add("--tasks", nargs="+", choices=list(ANSWER_TOKENS), default=list(ANSWER_TOKENS), help="of `needles`")
     add("--selectors", nargs="+", metavar="NAME[,ARG=VALUE...]", help=f"default: {' '.join(SELECTORS)}, and loki")
     add("--policies", nargs="*", default=POLICIES, help="compression at equal K, in `needles`")
     add("--budgets", type=numbers, help=f"K, in every section; default: {BUDGETS}")

@@ -27,7 +27,7 @@ from benchmarks.quality.selector_cases import (
     open_prompts,
 )
 from benchmarks.quality.selector_engine import PLAIN, Array, Cell, See, make_cells, whole_distribution
-from benchmarks.quality.selectors import BUDGETS, POLICIES, SELECTORS, Results, main
+from benchmarks.quality.selectors import BUDGETS, POLICIES, SELECTORS, Results, arguments, main
 from benchmarks.quality.selectors_report import images, markdown
 
 QUEST, TIDAL = make_cells(["quest", "tidal"], [], [512])
@@ -164,6 +164,17 @@ def test_keys_that_dense_misses_do_not_count() -> None:
             "far_found": 1,
         },
     ]
+
+
+def test_only_the_tasks_that_are_asked_for_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [KeyPrompt(task, [index], ("7",)) for index, task in enumerate((PASSKEY, MULTI_KEY, LATE))]
+    monkeypatch.setattr(sections, "key_prompts", lambda *_: prompts)
+    driver: Any = FakeDriver({"dense": [[7]] * 3, "quest": [[7], [8], [7]]})
+    driver.engine.tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+    rows: list[dict[str, Any]] = []
+    args = arguments().parse_args(["embedded", "--output", "x", "--tasks", MULTI_KEY, LATE])
+    sections.needles(driver, [QUEST], args, rows.extend)
+    assert [(row["task"], row["dense"], row["found"]) for row in rows] == [(MULTI_KEY, 1, 0), (LATE, 1, 1)]
 
 
 def test_divergence_is_taken_behind_the_first_token_and_up_to_where_answers_part(
