@@ -27,6 +27,19 @@ _PROGRAMS = 496
 
 
 @triton.jit
+def _as_bounds(numbers):
+    """`attention_plugins.naive.quest.as_bounds`, to the bit; by hand, since Triton's interpreter rounds otherwise."""
+    bits = tl.minimum(tl.abs(numbers), 448.0).to(tl.uint32, bitcast=True)
+    # Three bits of the mantissa stay, ties go to the even one, and what is carried goes into the exponent.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 the steps are 2^-9, as those of a float32 between 2^14 and 2^15.
+    small = (bits.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) & 15
+    code = tl.where(bits < 0x3C800000, small, normal) | (numbers.to(tl.uint32, bitcast=True) >> 31 << 7)
+    code = tl.where(numbers != numbers, 127, code)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
 def _grow(
     table, row, length, contents, bounds, factor,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
@@ -43,8 +56,8 @@ def _grow(
     if (length - 1) % PAGE != 0:
         smallest = tl.minimum(tl.load(low, mask=real, other=0.0).to(tl.float32), key, propagate_nan=tl.PropagateNan.ALL)
         largest = tl.maximum(tl.load(high, mask=real, other=0.0).to(tl.float32), key, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(low, smallest.to(bounds.dtype.element_ty), mask=real)
-    tl.store(high, largest.to(bounds.dtype.element_ty), mask=real)
+    tl.store(low, _as_bounds(smallest), mask=real)
+    tl.store(high, _as_bounds(largest), mask=real)
 
 
 @triton.jit

@@ -11,19 +11,28 @@ from attention_plugins.decode.rows import DecodeRows, LayerCache
 from attention_plugins.naive.newest import newest_slots
 from attention_plugins.naive.sequences import Sequences, nan_first, read, real_queries, wanted_heads
 from kvcache.evidence import dequantise
-from kvcache.pages import PageGeometry
 
 _PAGES_AT_ONCE = 4096
 
 
-def page_bounds(pages: torch.Tensor, geometry: PageGeometry) -> torch.Tensor:
-    """Room for the bounds of a cache: [num_pages, 2, head_dim], smallest and largest; zeros.
+BOUNDS = torch.float8_e4m3fn
+"""Half the memory of a 16-bit cache's numbers, and half the time to read them. Rounding keeps the order, so that bounds
+which grow token by token are those of the whole page."""
+_LARGEST = torch.finfo(BOUNDS).max
 
-    The dtype is the cache's, bfloat16 for fp8. Bounds of fp8 keys are those of the real numbers, rounded to nearest:
-    the score of a page may be lower than its best key's by that much.
+
+def page_bounds(num_pages: int, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Room for the bounds of a cache's pages: `BOUNDS` [num_pages, 2, head_dim], smallest and largest; zeros.
+
+    Rounded to nearest: the score of a page may be lower than its best key's by that much, up to a sixteenth. Beyond
+    +-448 they end.
     """
-    dtype = pages.dtype if pages.element_size() > 1 else torch.bfloat16
-    return torch.zeros(len(pages), 2, geometry.head_dim, dtype=dtype, device=pages.device)
+    return torch.zeros(num_pages, 2, head_dim, dtype=BOUNDS, device=device)
+
+
+def as_bounds(keys: torch.Tensor) -> torch.Tensor:
+    """Rounded as bounds are; NaN stays."""
+    return keys.float().clamp(-_LARGEST, _LARGEST).to(BOUNDS)
 
 
 def write_bounds(
@@ -36,27 +45,28 @@ def write_bounds(
         pages: int64 [m], of any layer, as long as `cache.quant` is its own.
         filled: int64 [m], how many slots of each page count, all if None; bounds of a page with none stay.
     """
-    size = cache.geometry.page_size
+    size, raw = cache.geometry.page_size, bounds.view(torch.uint8)  # whose elements torch can choose and set
     for start in range(0, len(pages), _PAGES_AT_ONCE):
         some = pages[start : start + _PAGES_AT_ONCE]
-        keys = dequantise(cache.codec.unpack(cache.pages[some])[0], cache.quant.key).to(bounds.dtype)
+        keys = dequantise(cache.codec.unpack(cache.pages[some])[0], cache.quant.key)
         if filled is None:
-            bounds[some] = torch.stack([keys.amin(1), keys.amax(1)], 1)
+            raw[some] = as_bounds(torch.stack([keys.amin(1), keys.amax(1)], 1)).view(torch.uint8)
             continue
         use = filled[start : start + _PAGES_AT_ONCE, None]
         # What was never written may be NaN: the first key stands in for it.
         there = (torch.arange(size, device=pages.device) < use)[..., None]
         keys = torch.where(there, keys, keys[:, :1])
-        found = torch.stack([keys.amin(1), keys.amax(1)], 1)
-        bounds[some] = torch.where(use[..., None] > 0, found, bounds[some])
+        found = as_bounds(torch.stack([keys.amin(1), keys.amax(1)], 1)).view(torch.uint8)
+        raw[some] = torch.where(use[..., None] > 0, found, raw[some])
 
 
 def _grow(bounds: torch.Tensor, cache: LayerCache, slot: int, first: bool) -> None:
     """Let a token's key into the bounds of its page; the first key of a page replaces what was there."""
-    key = read(cache, torch.tensor([slot], device=bounds.device))[0][0].to(bounds.dtype)
+    key = read(cache, torch.tensor([slot], device=bounds.device))[0][0].float()
     page = slot // cache.geometry.page_size
-    low, high = (key, key) if first else bounds[page].clone()
-    bounds[page] = torch.stack([torch.minimum(low, key), torch.maximum(high, key)])
+    low, high = (key, key) if first else bounds[page].float()
+    grown = as_bounds(torch.stack([torch.minimum(low, key), torch.maximum(high, key)]))
+    bounds.view(torch.uint8)[page] = grown.view(torch.uint8)
 
 
 def page_scores(
@@ -83,7 +93,8 @@ def page_scores(
     for row, head in wanted_heads(rows, cache, want):
         used, rest = divmod(int(sequences.lengths[row, head]) - 1, sequences.page_size)
         _grow(bounds, cache, int(newest[row, head]), rest == 0)
-        low, high = bounds[sequences.pages[row, head, :used]].float().unbind(1)
+        own = bounds.view(torch.uint8)[sequences.pages[row, head, :used]].view(BOUNDS)
+        low, high = own.float().unbind(1)
         # The larger of q * low and q * high, in each dimension.
         each = real[row, head].clamp(min=0) @ high.T + real[row, head].clamp(max=0) @ low.T
         start = int(rows.starts[row]) // sequences.page_size

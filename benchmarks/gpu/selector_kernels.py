@@ -216,7 +216,7 @@ def check(cache: FakeCache, budget: int) -> None:
     """Every kernel against its twin."""
     rows, layer, want = cache.with_tokens(budget), cache.layers[-1], SELECT
     n, into = cache.batch * cache.heads, rows.places
-    bounds = naive.page_bounds(layer.pages, cache.geometry)
+    bounds = naive.page_bounds(len(layer.pages), cache.dim, cache.device)
     naive.write_bounds(bounds, layer, cache.geometry.pages_of(layer.layer, rows.block_table[0].long()).flatten())
     bounds_2, lse = bounds.clone(), torch.randn(*cache.shape, cache.group, device=cache.device)
     made: dict[str, list[torch.Tensor]] = {}
@@ -262,7 +262,7 @@ def main() -> None:
         return
     for context, batch in SHAPES[:1] + SHAPES[-1:] if args.quick else SHAPES:
         cache = FakeCache(context, batch)
-        flash, bounds = Flash(cache), kernels.page_bounds(cache.content.flatten(1), cache.geometry)
+        flash, bounds = Flash(cache), kernels.page_bounds(len(cache.layers[0].pages), cache.dim, cache.device)
         whole_rows(cache, flash, bounds)
         for budget in [2048] if args.quick else BUDGETS:
             selections(cache, flash, bounds, budget)

@@ -32,7 +32,8 @@ def variants(module: str, **values: list[int]) -> Iterator[str]:
 def tune(cache: FakeCache, budget: int) -> None:
     """Constants of the kernels that read much."""
     rows, layers, scores = cache.rows, cache.layers, cache.scores(cache.columns)
-    bounds, tokens = kernels.page_bounds(cache.content.flatten(1), cache.geometry), cache.token_lists(budget, CALLS)
+    bounds = kernels.page_bounds(len(layers[0].pages), cache.dim, cache.device)
+    tokens = cache.token_lists(budget, CALLS)
     out, logits = torch.empty_like(cache.queries), torch.zeros(*cache.shape, budget + 16, device="cuda")
     few = cache.with_tokens(budget)
     slots, counts = cache.empty(*cache.shape, budget + 16), cache.empty(*cache.shape)

@@ -76,6 +76,12 @@ PATTERNS: dict[str, dict[str, Any]] = {
     },
     "streaming + delta 16, 8 layers dense": {"pattern": "delta", "gamma": 16, "base": {**STREAMING, "dense_layers": 8}},
     "streaming + delta 16, 256 last": {"pattern": "delta", "gamma": 16, "base": {**STREAMING, "dense_last": 256}},
+    "streaming + delta 4": {"pattern": "delta", "gamma": 4, "base": STREAMING},
+    "streaming + delta 4, 256 last": {"pattern": "delta", "gamma": 4, "base": {**STREAMING, "dense_last": 256}},
+    "streaming + delta 2, 256 last": {"pattern": "delta", "gamma": 2, "base": {**STREAMING, "dense_last": 256}},
+    "wide streaming + delta 4, 256 last": {
+        "pattern": "delta", "gamma": 4, "base": {**STREAMING, "window": 1536, "dense_last": 256},
+    },
     "power": {"pattern": "power"},
     "strided": {"pattern": "strided"},
     "bigbird": {"pattern": "bigbird"},

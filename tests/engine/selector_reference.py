@@ -47,7 +47,8 @@ class Quest:
         for group, head in zip(queries, keys, strict=True):
             bounds = []
             for page in pages[:-1]:
-                low, high = head[page].amin(0), head[page].amax(0)
+                keys = head[page].to(torch.float8_e4m3fn).float()
+                low, high = keys.amin(0), keys.amax(0)
                 bounds.append(sum(float(torch.maximum(q * low, q * high).sum()) for q in group))
             best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[: math.ceil(self.k / size) - 1]
             chosen.append(sum((pages[page] for page in best), pages[-1]))

@@ -165,7 +165,7 @@ def test_the_golden_scores() -> None:
 
 
 def written_bounds(batch: Batch) -> torch.Tensor:
-    bounds = naive.page_bounds(batch.cache.pages, batch.geometry)
+    bounds = naive.page_bounds(len(batch.cache.pages), batch.dim, batch.device)
     naive.write_bounds(bounds, batch.cache, *batch.all_pages())
     return bounds
 
@@ -195,7 +195,7 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
     given = (Row(30), Row(45, compacted=2), Row(0), Row(30, Mode.DENSE))
     batch = Batch(given, dtype=dtype, quant=QuantScales(1.0, 0.37) if dtype == torch.uint8 else QuantScales())
     bounds, expected = (
-        torch.full_like(naive.page_bounds(batch.cache.pages, batch.geometry), 99.0),
+        torch.full_like(naive.page_bounds(len(batch.cache.pages), batch.dim, batch.device), 99.0),
         written_bounds(batch),
     )
     queries, before = batch.queries(), torch.full((2, batch.columns // 4), -math.inf)
@@ -217,7 +217,7 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
 
 def test_only_wanted_rows_grow() -> None:
     batch = Batch()
-    bounds = naive.page_bounds(batch.cache.pages, batch.geometry)
+    bounds = naive.page_bounds(len(batch.cache.pages), batch.dim, batch.device)
     scores = torch.zeros(2, batch.columns)
     naive.page_scores(scores, bounds, batch.rows, batch.cache, batch.queries(), Mode.DENSE)
     newest = naive.newest_slots(batch.rows, batch.cache)[batch.wanted(Mode.DENSE)] // batch.page

@@ -201,7 +201,7 @@ def test_fp8_queries(device: torch.device) -> None:
 
 
 def written_bounds(batch: Batch) -> torch.Tensor:
-    bounds = naive.page_bounds(batch.cache.pages, batch.geometry)
+    bounds = naive.page_bounds(len(batch.cache.pages), batch.dim, batch.device)
     naive.write_bounds(bounds, batch.cache, *batch.all_pages())
     return bounds
 
