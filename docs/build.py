@@ -25,12 +25,15 @@ RESULTS = HERE.parent / "benchmarks" / "results"
 QUALITY = "2026-11-22-quality-table-4000-h100.json"
 COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
 """Of a policy that several have, the last one's row counts."""
-SPEED, SELECTOR_QUALITY = "2026-11-22-selectors-h100.json", "2026-11-22-selector-quality-7000-h100.json"
+SPEED = ("2026-11-22-selectors-h100.json", "2026-11-23-quest-8-bit-h100.json")
+"""Of a shape that several have, the last one's row counts."""
+SELECTOR_QUALITY = "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
 LATER_QUALITY = "2026-11-23-selector-quality-7000-h100.json"
 """With recycled's window and tidal's shared lists."""
 TAILS = "2026-11-23-pattern-quality-tails-7000-h100.json"
 MORE_TAILS = "2026-11-23-pattern-quality-second-h100.json"
+DELTAS = "2026-11-23-pattern-quality-delta-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
@@ -86,13 +89,13 @@ def measured_selectors() -> dict[str, dict[str, Any]]:
     """By selector: `speed`, a row for each shape and kind of step, the last run's, and `needles`, by variant and K."""
     times: dict[tuple[str, int, int, str], dict[str, Any]] = {}
     dense: dict[tuple[int, int], float] = {}
-    for run in _read(SPEED)["runs"]:
+    for file, run in ((name, run) for name in SPEED for run in _read(name)["runs"]):
         for row in run["rows"] if "benchmarks.gpu.reading" in run["command"] else ():
             shape = row["context"], row["batch"]
             if row["selector"] == "dense":
                 dense[shape] = row["ms"]
             elif row["tokens"] == SPEED_TOKENS and row["kind"] in KINDS.get(row["selector"], ("",)):
-                times[row["selector"], *shape, row["kind"]] = row | {"dense": dense[shape]}
+                times[row["selector"], *shape, row["kind"]] = row | {"dense": dense[shape], "file": file}
     found: dict[str, dict[str, Any]] = {}
     for (selector, *_), row in sorted(times.items(), key=lambda item: item[0][1:3], reverse=True):
         found.setdefault(selector, {"speed": [], "needles": {}})["speed"].append(row)
@@ -140,7 +143,7 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     found = {"selectors.md": jinja.get_template("selectors.md.jinja").render(selectors=selectors)}
     page = jinja.get_template("selector.md.jinja")
     told, settings = measured_selectors(), _read(SELECTOR_QUALITY)["settings"]
-    files = {"speed_file": SPEED, "speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
+    files = {"speed_files": SPEED, "speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
     files["later_file"] = LATER_QUALITY
     for selector in selectors:
         found[f"selectors/{selector['name']}.md"] = page.render(
@@ -203,7 +206,7 @@ def _patterns(jinja: Environment) -> dict[str, str]:
             pattern=pattern, needs=needs[name], speed=speed.get(name), quality=own, **files
         )
     tails = {"tails": measured_tails(TAILS), "tails_file": TAILS, "more": measured_tails(MORE_TAILS),
-             "more_file": MORE_TAILS}  # fmt: skip
+             "more_file": MORE_TAILS, "deltas": measured_tails(DELTAS), "deltas_file": DELTAS}  # fmt: skip
     found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files, **tails)
     return found
 

@@ -70,4 +70,4 @@ class Quest(Selector):
     keeps_metadata = True
 
     class Args(SelectorArgs):
-        min_context: int = shortest(24576)
+        min_context: int = shortest(12288)

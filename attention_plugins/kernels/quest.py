@@ -23,7 +23,7 @@ from attention_plugins.kernels.tables import (
 )
 
 _PAGES, _WARPS, _STAGES = 64, 8, 1
-_PROGRAMS = 496
+_PROGRAMS = 264
 
 
 @triton.jit

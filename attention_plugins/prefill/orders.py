@@ -35,7 +35,8 @@ class PatternReport:
         pattern: its name.
         tokens: queries that were attended.
         density: share of the prompt's attention that was computed, of the (block of queries, unit of keys) pairs with
-            something to compute, by layer, mean over heads.
+            something to compute, by layer, mean over heads. Rows that a correction attends densely come on top of the
+            plan's.
         pairs: how many such pairs a layer has.
     """
 

@@ -202,9 +202,16 @@ class Prefilling:
         prompt.computed[layer] += plan.mask.sum(dtype=torch.float32) / len(plan.mask)
         out = self.executor.attend(queries, seen, values, plan)
         if planned and prompt.pattern.corrects:
-            dense, carry = partial(self.executor.dense_rows, queries), prompt.carries.get(layer)
+            dense, carry = partial(self._dense_rows, prompt, queries), prompt.carries.get(layer)
             out, prompt.carries[layer] = prompt.pattern.correct(seen, values, plan, out, carry, dense)
         output[places] = out.to(output.dtype)
+
+    def _dense_rows(
+        self, prompt: Prompt, queries: torch.Tensor, chunk: Chunk, values: Tokens, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The executor's, counted: a row is a 128th of its block's pairs."""
+        prompt.computed[chunk.layer] += ((chunk.offset + rows) // self.unit + 1).sum() / ROWS
+        return self.executor.dense_rows(queries, chunk, values, rows)
 
     @torch.inference_mode()
     def warm_up(

@@ -81,6 +81,23 @@ def test_prompts_in_chunks_beside_others(make_world: Callable[..., World], patte
     check(world, world.run({"sparse": 1, "short": 1, "dense": 1}), cuts)
 
 
+def test_rows_that_delta_attends_are_counted(make_world: Callable[..., World]) -> None:
+    """Every 32nd instead of every 64th: the plan is the same, and so are the last rows, which are dense."""
+    found = []
+    for gamma in (64, 32):
+        world = make_world(max_len=MAX_LEN)
+        world.add("sparse", 650).pattern = {**DELTA, "gamma": gamma}
+        unit = world.runtime.prefilling.unit
+        for tokens in (256, 256, 138):
+            world.run({"sparse": tokens})
+        (report,) = [report.finish() for report in world.runtime.take_reports() if not hasattr(report, "_watch")]
+        found.append(report)
+    few, many = found
+    rows = sum(row // unit + 1 for row in range(32, 512, 64)) / 128
+    for less, more in zip(few.density, many.density, strict=True):
+        assert (more - less) * few.pairs == pytest.approx(rows, rel=1e-3)
+
+
 def test_the_first_chunk_alone_and_a_last_one_of_one_token(make_world: Callable[..., World]) -> None:
     world = make_world(max_len=MAX_LEN)
     sparse = world.add("sparse", 513)

@@ -272,7 +272,7 @@ def test_both_fields_are_taken_out() -> None:
     assert json.loads(handler.body) == {"prompt": "hi"}
     assert length_seen(handler) == len(handler.body)
     assert handler.words == WORDS
-    assert handler.decode == {"selector": "quest", "tokens": 64, "min_context": 24576}
+    assert handler.decode == {"selector": "quest", "tokens": 64, "min_context": 12288}
     post(handler, {"prompt": "hi", "decode_attention": {"selector": "tidal", "tokens": 512}})
     assert (handler.words, handler.decode) == (None, TIDAL)
     post(handler, {"prompt": "hi", "decode_attention": None})

@@ -104,7 +104,7 @@ def test_without_an_adapter_only_dense_is_taken() -> None:
 
 
 def test_the_default_is_checked_like_a_request() -> None:
-    assert desk(default={"selector": "quest", "tokens": 64}).default["min_context"] == 24576
+    assert desk(default={"selector": "quest", "tokens": 64}).default["min_context"] == 12288
     with pytest.raises(PolicyError, match="not enabled"):
         desk([], default={"selector": "quest"})
 
