@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform as machine
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
+
+from server.embedded_models import NAMED
 
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
 """Default tokens per page: the smallest of each platform's kernel, since budgets are limits in whole pages."""
@@ -49,6 +52,13 @@ def _no_flash_attention(cuda: Any) -> str | None:
     return None
 
 
+def emulates_bfloat16() -> bool:
+    """Whether this is an x86 processor without AVX-512."""
+    import torch
+
+    return machine.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()
+
+
 def stand_in() -> None:
     """Let vLLM build its argument parser where it finds no device, as its own `vllm bench` does."""
     from vllm import platforms
@@ -62,6 +72,9 @@ def prepare(args: Namespace, platform: Platform) -> None:
     if platform.name == "cpu" and not args.compilation_config.custom_ops:
         # In eager mode with bfloat16 vLLM's CPU operators gave wrong text; torch's own are right (docs/settings.md).
         args.compilation_config.custom_ops = ["none"]
+    embedded = args.model is None or args.model in NAMED
+    if platform.name == "cpu" and embedded and args.dtype == "auto" and emulates_bfloat16():
+        args.dtype = "float32"
     if platform.unavailable is not None:
         return
     if args.block_size is None:

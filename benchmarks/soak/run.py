@@ -134,7 +134,7 @@ async def _soak(
 ) -> dict[str, Any]:  # fmt: skip
     found, series, ended = Found(say=progress), Series(), False
     began = time.monotonic()
-    end = began + seconds
+    end = float("inf")
 
     def running() -> bool:
         return not ended and time.monotonic() < end and server.process.poll() is None
@@ -162,6 +162,7 @@ async def _soak(
     for name, body in bodies.items():  # alone: what they always have to answer
         await clients.canary(name, body)
     alone = time.monotonic() - began
+    end = time.monotonic() + seconds
     await asyncio.to_thread(series.take_parts, processes)
     tasks = [clients.ask_on(Mix(features, seed * 1000 + index)) for index in range(number)]
     sampler = asyncio.create_task(sample())

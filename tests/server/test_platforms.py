@@ -88,6 +88,27 @@ def test_cpus_get_our_classes(parse: Parse) -> None:
     assert (args.block_size, args.compilation_config.custom_ops) == (64, ["all"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "machine", "avx512", "dtype"),
+    [
+        ((), "x86_64", False, "float32"),
+        (("gemma3-270m",), "x86_64", False, "float32"),
+        ((), "x86_64", True, "auto"),
+        ((), "aarch64", False, "auto"),
+        (("--dtype", "bfloat16"), "x86_64", False, "bfloat16"),
+        (("m",), "x86_64", False, "auto"),
+    ],
+)
+def test_embedded_models_where_bfloat16_is_emulated(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], machine: str, avx512: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: avx512)
+    args = parse(*argv)
+    prepare(args, CPU)
+    assert args.dtype == dtype
+
+
 @pytest.mark.usefixtures("flash_attention")
 def test_gpus_get_our_classes() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
