@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT = 300.0
 """Seconds a server may take to start; two busy cores need about 40."""
 
@@ -73,6 +80,37 @@ def longreach_command() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "server.cli"]
 
 
+def environment() -> dict[str, str]:
+    """What a server's process gets: ours, and in a checkout that isn't installed what vLLM finds its plug-ins by."""
+    try:
+        metadata.distribution("longreach")
+        return dict(os.environ)
+    except metadata.PackageNotFoundError:
+        paths = [_metadata(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@cache
+def _metadata() -> str:
+    """A folder, until this process ends, with a package's metadata as installing would write them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", encoding="utf-8"
+    )
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    lines = [
+        line
+        for group, entries in groups.items()
+        for line in (f"[{group}]", *(f"{name} = {target}" for name, target in entries.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder)
+
+
 @contextmanager
 def running_command(
     log: Path, command: Sequence[str], limit: float = START_LIMIT, progress: bool = False
@@ -92,7 +130,7 @@ def running_command(
         port = sock.getsockname()[1]
     words = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment())
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait(server, limit, progress)
