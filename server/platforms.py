@@ -72,8 +72,9 @@ def prepare(args: Namespace, platform: Platform) -> None:
     if platform.name == "cpu" and not args.compilation_config.custom_ops:
         # In eager mode with bfloat16 vLLM's CPU operators gave wrong text; torch's own are right (docs/settings.md).
         args.compilation_config.custom_ops = ["none"]
-    embedded = args.model is None or args.model in NAMED
-    if platform.name == "cpu" and embedded and args.dtype == "auto" and emulates_bfloat16():
+    # Not where somebody has reckoned how much the cache has to hold.
+    ours = (args.model is None or args.model in NAMED) and args.kv_cache_memory_bytes is None
+    if platform.name == "cpu" and ours and args.dtype == "auto" and emulates_bfloat16():
         args.dtype = "float32"
     if platform.unavailable is not None:
         return

@@ -96,6 +96,7 @@ def test_cpus_get_our_classes(parse: Parse) -> None:
         ((), "x86_64", True, "auto"),
         ((), "aarch64", False, "auto"),
         (("--dtype", "bfloat16"), "x86_64", False, "bfloat16"),
+        (("--kv-cache-memory-bytes", "300M"), "x86_64", False, "auto"),
         (("m",), "x86_64", False, "auto"),
     ],
 )
