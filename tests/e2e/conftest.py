@@ -8,17 +8,31 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.serving import Server, running_server
+from server.platforms import emulates_bfloat16
 from tests.e2e.canary import Canary
+
+FLAGS = [
+    "--kv-policy", "snapkv", "--kv-budget", "512",
+    "--decode-selectors", "recycled", "quest", "tidal",
+    "--kv-audit", "1",  # a test that breaks the cache ends the server
+    "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model with a compressing default, as `longreach serve` without a model gives it."""
-    flags = ["--kv-policy", "snapkv", "--kv-budget", "512"]
-    flags += ["--decode-selectors", "recycled", "quest", "tidal"]
-    flags += ["--kv-audit", "1"]  # a test that breaks the cache ends the server
-    flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    with running_server(tmp_path_factory.mktemp("server") / "log", *flags) as server:
+    with running_server(tmp_path_factory.mktemp("server") / "log", *FLAGS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bfloat16_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same in bfloat16: another one where `longreach serve` takes float32."""
+    if not emulates_bfloat16():
+        yield request.getfixturevalue("server")
+        return
+    with running_server(tmp_path_factory.mktemp("bfloat16") / "log", *FLAGS, "--dtype", "bfloat16") as server:
         yield server
 
 

@@ -35,14 +35,14 @@ def run(command: list[str], code: str, url: str) -> str:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/clients.md"])
-def test_python_prints_what_the_page_says(page: str, server: Server) -> None:
+def test_python_prints_what_the_page_says(page: str, bfloat16_server: Server) -> None:
     """A page's pieces are one program, so later ones may use names of earlier ones."""
     pieces = shown(page, "python")
     program = f"\nprint({BETWEEN!r})\n".join(code for code, _ in pieces)
-    found = run([sys.executable, "-c"], program, server.url).split(f"{BETWEEN}\n")
+    found = run([sys.executable, "-c"], program, bfloat16_server.url).split(f"{BETWEEN}\n")
     assert found == [printed for _, printed in pieces]
 
 
-def test_curl_prints_what_the_page_says(server: Server) -> None:
+def test_curl_prints_what_the_page_says(bfloat16_server: Server) -> None:
     for code, printed in shown("docs/clients.md", "sh"):
-        assert run(["bash", "-c"], code, server.url).rstrip("\n") == printed.rstrip("\n")
+        assert run(["bash", "-c"], code, bfloat16_server.url).rstrip("\n") == printed.rstrip("\n")
