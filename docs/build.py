@@ -143,7 +143,7 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     found = {"selectors.md": jinja.get_template("selectors.md.jinja").render(selectors=selectors)}
     page = jinja.get_template("selector.md.jinja")
     told, settings = measured_selectors(), _read(SELECTOR_QUALITY)["settings"]
-    files = {"speed_files": SPEED, "speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
+    files = {"speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
     files["later_file"] = LATER_QUALITY
     for selector in selectors:
         found[f"selectors/{selector['name']}.md"] = page.render(
