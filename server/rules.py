@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from server.cpus import emulates_bfloat16
 from server.model_layers import CHUNKED, FULL, LINEAR, SLIDING, layer_kinds
 
 POLICIES, SELECTORS, PATTERNS = "KV-cache policies", "decode selectors", "prefill patterns"
@@ -60,6 +61,12 @@ def _has_sinks(config: Any, platform: str) -> bool:
 def _caps_logits(config: Any, platform: str) -> bool:
     """Whether attention logits have a soft cap, as in Gemma 2."""
     return bool(getattr(_text(config), "attn_logit_softcapping", None))
+
+
+def _packs_weights(config: Any) -> bool:
+    """AWQ, GPTQ, and compressed-tensors' `pack-quantized`."""
+    told = getattr(config.model_config.hf_config, "quantization_config", None) or {}
+    return told.get("quant_method") in ("awq", "gptq") or told.get("format") == "pack-quantized"
 
 
 def _no_cpu_kernel(config: Any, platform: str) -> bool:
@@ -119,6 +126,9 @@ MODELS: tuple[Rule, ...] = (
          why="vLLM itself starts, and its engine dies at the first request"),
     Rule("FP8 weights on CPUs", lambda config, platform: platform == "cpu"
          and config.model_config.quantization == "fp8", why="vLLM's CPU build has no kernel for them"),
+    Rule("4-bit weights on x86 CPUs without AVX-512", lambda config, platform: platform == "cpu"
+         and _packs_weights(config) and emulates_bfloat16(),
+         why="vLLM's build for AVX2 lacks their kernel: it starts, and its engine dies at the first request"),
 )  # fmt: skip
 """Of models; what isn't refused works."""
 

@@ -44,3 +44,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: there is no GPU")
     tests.device.DEVICE = torch.device(device)
+
+
+# Files that one process runs, in this order, before all others, which go file by file to whichever process is free.
+TOGETHER = {
+    "servers": ("e2e", "faults"),  # e2e shares one
+    # In one process, because vLLM's engines need it to be tidied up before the next.
+    "engines": ("engine", "examples", "inprocess", "models"),
+}
+GROUPS = {folder: (number, group) for number, (group, folders) in enumerate(TOGETHER.items()) for folder in folders}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `pytest --dist loadgroup` keeps together (`make test`); longest first, so that no process ends alone."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    ours = {item: item.path.relative_to(Path(__file__).parent) for item in items}
+    items.sort(key=lambda item: GROUPS.get(ours[item].parts[0], (len(GROUPS), "")))
+    for item, file in ours.items():
+        _, group = GROUPS.get(file.parts[0], (len(GROUPS), str(file)))
+        item.add_marker(pytest.mark.xdist_group(group))

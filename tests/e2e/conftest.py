@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.serving import Server, running_server
-from server.platforms import emulates_bfloat16
+from server.cpus import emulates_bfloat16
 from tests.e2e.canary import Canary
 
 FLAGS = [

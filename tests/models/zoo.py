@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from server.cpus import emulates_bfloat16
+
 VOCABULARY, MAX_LEN, WINDOW = 512, 2048, 96
 
 
@@ -80,6 +82,11 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
 }
 """Quantisations of weights, as `config.json` tells them."""
+
+_FOUR_BITS = {"cpu": "4-bit weights on x86 CPUs without AVX-512"} if emulates_bfloat16() else {}
+REFUSED = {
+    "fp8": {"cpu": "FP8 weights on CPUs"}, "w4a16": _FOUR_BITS, "awq": _FOUR_BITS, "gptq": _FOUR_BITS,
+}  # fmt: skip
 
 ZOO: dict[str, Specimen] = {
     "llama-llama3-rope": Specimen(
@@ -163,7 +170,7 @@ ZOO: dict[str, Specimen] = {
             dtype="bfloat16",
             exact=False,
             quantised=True,
-            refused={"cpu": "FP8 weights on CPUs"} if name == "fp8" else {},
+            refused=REFUSED.get(name, {}),
         )
         for name, config in QUANTISED.items()
     },

@@ -236,6 +236,21 @@ def test_weights_that_cpus_have_no_kernel_for(configure: Configure) -> None:
     refuse(config, "cuda")
 
 
+@pytest.mark.parametrize("quantised", [
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+], ids=lambda quantised: quantised["quant_method"])  # fmt: skip
+def test_four_bits_need_avx512_on_x86(
+    configure: Configure, quantised: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure({**LLAMA, "quantization_config": quantised})
+    monkeypatch.setattr(rules, "emulates_bfloat16", lambda: False)
+    refuse(config, "cpu")
+    monkeypatch.setattr(rules, "emulates_bfloat16", lambda: True)
+    assert refused(config, "cpu") == "4-bit weights on x86 CPUs without AVX-512"
+    refuse(config, "cuda")
+
+
 def test_hybrid_models_need_vllms_hybrid_cache(configure: Configure) -> None:
     config = configure(GEMMA, disable_hybrid_kv_cache_manager=True)
     for platform in RUNNERS:

@@ -1,0 +1,12 @@
+"""What vLLM's CPU build can't do on some processors."""
+
+from __future__ import annotations
+
+import platform
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this is an x86 processor without AVX-512."""
+    import torch
+
+    return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()
