@@ -55,12 +55,17 @@ TOGETHER = {
 GROUPS = {folder: (number, group) for number, (group, folders) in enumerate(TOGETHER.items()) for folder in folders}
 
 
+def group_of(item: pytest.Item) -> tuple[int, str]:
+    """Its place in the order, and what `pytest --dist loadgroup` (`make test`) keeps together."""
+    file = item.path.relative_to(Path(__file__).parent)
+    return GROUPS.get(file.parts[0], (len(GROUPS), str(file)))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(group_of(item)[1]))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest --dist loadgroup` keeps together (`make test`); longest first, so that no process ends alone."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    ours = {item: item.path.relative_to(Path(__file__).parent) for item in items}
-    items.sort(key=lambda item: GROUPS.get(ours[item].parts[0], (len(GROUPS), "")))
-    for item, file in ours.items():
-        _, group = GROUPS.get(file.parts[0], (len(GROUPS), str(file)))
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Longest first, so that no process ends alone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: group_of(item)[0])
