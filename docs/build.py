@@ -18,7 +18,7 @@ from kvcache.registry import BUILT_IN, PARTS
 from server import rules
 from server.patterns import needs_of as pattern_needs
 from server.selectors import needs_of
-from tests.models.zoo import COMMON, ZOO, Specimen
+from tests.models.zoo import AVX2, COMMON, ZOO, Specimen
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -37,6 +37,7 @@ DELTAS = "2026-11-23-pattern-quality-delta-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
+NOT_ON = {"cpu": ", on GPUs alone", AVX2: ", not on x86 CPUs without AVX-512"}
 SPEED_TOKENS = 2048
 KINDS = {"recycled": ("mean over a stride of 50",), "local": ("all near", "all far")}
 """Of selectors whose steps differ, those that the page tells."""
@@ -245,7 +246,7 @@ def _specimen(specimen: Specimen) -> dict[str, Any]:
         "full": len(specimen.full),
         "layers": shape["num_hidden_layers"],
         "heads": f"{query}, {kv_heads}, {size}",
-        "cpu": "cpu" not in specimen.refused,
+        "not_on": "".join(words for place, words in NOT_ON.items() if place in specimen.refused),
         **{name: getattr(specimen, name) for name in ("dtype", "selectors", "exact")},
     }
 

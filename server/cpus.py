@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 
 
-def emulates_bfloat16() -> bool:
-    """Whether this is an x86 processor without AVX-512."""
+def lacks_avx512() -> bool:
+    """Whether this is an x86 processor without AVX-512: vLLM runs its AVX2 build there, and bfloat16 is emulated."""
     import torch
 
     return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from server.cpus import emulates_bfloat16
+from server.cpus import lacks_avx512
 from server.embedded_models import NAMED
 
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
@@ -67,7 +67,7 @@ def prepare(args: Namespace, platform: Platform) -> None:
         args.compilation_config.custom_ops = ["none"]
     # Not where somebody has reckoned how much the cache has to hold.
     ours = (args.model is None or args.model in NAMED) and args.kv_cache_memory_bytes is None
-    if platform.name == "cpu" and ours and args.dtype == "auto" and emulates_bfloat16():
+    if platform.name == "cpu" and ours and args.dtype == "auto" and lacks_avx512():
         args.dtype = "float32"
     if platform.unavailable is not None:
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from server.cpus import emulates_bfloat16
+from server.cpus import lacks_avx512
 from server.model_layers import CHUNKED, FULL, LINEAR, SLIDING, layer_kinds
 
 POLICIES, SELECTORS, PATTERNS = "KV-cache policies", "decode selectors", "prefill patterns"
@@ -127,7 +127,7 @@ MODELS: tuple[Rule, ...] = (
     Rule("FP8 weights on CPUs", lambda config, platform: platform == "cpu"
          and config.model_config.quantization == "fp8", why="vLLM's CPU build has no kernel for them"),
     Rule("4-bit weights on x86 CPUs without AVX-512", lambda config, platform: platform == "cpu"
-         and _packs_weights(config) and emulates_bfloat16(),
+         and _packs_weights(config) and lacks_avx512(),
          why="vLLM's build for AVX2 lacks their kernel: it starts, and its engine dies at the first request"),
 )  # fmt: skip
 """Of models; what isn't refused works."""

@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.serving import Server, running_server
-from server.cpus import emulates_bfloat16
+from server.cpus import lacks_avx512
 from tests.e2e.canary import Canary
 
 FLAGS = [
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def bfloat16_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same in bfloat16: another one where `longreach serve` takes float32."""
-    if not emulates_bfloat16():
+    if not lacks_avx512():
         yield request.getfixturevalue("server")
         return
     with running_server(tmp_path_factory.mktemp("bfloat16") / "log", *FLAGS, "--dtype", "bfloat16") as server:

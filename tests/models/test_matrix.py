@@ -51,7 +51,7 @@ def read(lines: str) -> dict[str, dict[str, Any]]:
 def rows(everything: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
     """No cell is silent: a model that isn't served is refused by name."""
     if why := everything[name].get("refused"):
-        assert why == ZOO[name].refused[everything[name]["device"]]
+        assert why == ZOO[name].refusal(everything[name]["device"])
         pytest.skip(f"refused there: {why}")
     return everything
 
@@ -59,7 +59,7 @@ def rows(everything: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str
 @each
 def test_every_model_has_a_row_and_what_is_refused_is_so_by_name(everything: dict[str, Any], name: str) -> None:
     row = everything[name]
-    assert row.get("refused") == ZOO[name].refused.get(row["device"])
+    assert row.get("refused") == ZOO[name].refusal(row["device"])
 
 
 @each

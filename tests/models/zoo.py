@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import transformers
 
-from server.cpus import emulates_bfloat16
+from server.cpus import lacks_avx512
 
 VOCABULARY, MAX_LEN, WINDOW = 512, 2048, 96
+AVX2 = "avx2"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Specimen:
         selectors: whether they know its attention.
         experts: whether it is a mixture of them.
         quantised: whether its weights are; then there are none in the folder, and vLLM makes some up.
-        refused: why it isn't served there, by platform.
+        refused: why it isn't served there, by platform; `AVX2`: on CPUs that have no more.
         attention: what its layers' attention is called.
     """
 
@@ -42,6 +43,11 @@ class Specimen:
     quantised: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     attention: str = "self_attn.attn"
+
+    def refusal(self, platform: str) -> str | None:
+        """Why it isn't served on that platform (`cpu`: of this machine), or None."""
+        here = AVX2 if platform == "cpu" and lacks_avx512() else platform
+        return self.refused.get(platform, self.refused.get(here))
 
 
 def heads(query: int, kv: int, size: int) -> dict[str, int]:
@@ -83,10 +89,8 @@ QUANTISED: dict[str, dict[str, Any]] = {
 }
 """Quantisations of weights, as `config.json` tells them."""
 
-_FOUR_BITS = {"cpu": "4-bit weights on x86 CPUs without AVX-512"} if emulates_bfloat16() else {}
-REFUSED = {
-    "fp8": {"cpu": "FP8 weights on CPUs"}, "w4a16": _FOUR_BITS, "awq": _FOUR_BITS, "gptq": _FOUR_BITS,
-}  # fmt: skip
+_FOUR_BITS = {AVX2: "4-bit weights on x86 CPUs without AVX-512"}
+_REFUSED = {"fp8": {"cpu": "FP8 weights on CPUs"}, "w4a16": _FOUR_BITS, "awq": _FOUR_BITS, "gptq": _FOUR_BITS}
 
 ZOO: dict[str, Specimen] = {
     "llama-llama3-rope": Specimen(
@@ -170,7 +174,7 @@ ZOO: dict[str, Specimen] = {
             dtype="bfloat16",
             exact=False,
             quantised=True,
-            refused=REFUSED.get(name, {}),
+            refused=_REFUSED.get(name, {}),
         )
         for name, config in QUANTISED.items()
     },

@@ -244,9 +244,9 @@ def test_four_bits_need_avx512_on_x86(
     configure: Configure, quantised: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure({**LLAMA, "quantization_config": quantised})
-    monkeypatch.setattr(rules, "emulates_bfloat16", lambda: False)
+    monkeypatch.setattr(rules, "lacks_avx512", lambda: False)
     refuse(config, "cpu")
-    monkeypatch.setattr(rules, "emulates_bfloat16", lambda: True)
+    monkeypatch.setattr(rules, "lacks_avx512", lambda: True)
     assert refused(config, "cpu") == "4-bit weights on x86 CPUs without AVX-512"
     refuse(config, "cuda")
 
@@ -290,7 +290,7 @@ def test_the_zoos_layers_are_told_from_their_configurations(
     for platform, runner in RUNNERS.items():
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
         named = {rule.name for rule in rules.refused(config, platform, rules.POLICIES)}
-        assert named == {*filter(None, [specimen.refused.get(platform)])}
+        assert named == {*filter(None, [specimen.refusal(platform)])}
     found = [rule for rule in rules.refused(config, "cpu", rules.SELECTORS) if rules.POLICIES not in rule.refuses]
     assert bool(found) == (not specimen.selectors)
 
