@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,26 +47,36 @@ def pytest_configure(config: pytest.Config) -> None:
     tests.device.DEVICE = torch.device(device)
 
 
-# Files that one process runs, in this order, before all others, which go file by file to whichever process is free.
+# Folders that one process runs, in this order and before all other files, which go to whichever process is free.
 TOGETHER = {
-    "servers": ("e2e", "faults"),  # e2e shares one
+    "e2e": "servers",  # its tests share one
+    "faults": "servers",
     # In one process, because vLLM's engines need it to be tidied up before the next.
-    "engines": ("engine", "examples", "inprocess", "models"),
+    "engine": "engines",
+    "examples": "engines",
+    "inprocess": "engines",
+    "models": "engines",
 }
-GROUPS = {folder: (number, group) for number, (group, folders) in enumerate(TOGETHER.items()) for folder in folders}
 
 
-def group_of(item: pytest.Item) -> tuple[int, str]:
-    """Its place in the order, and what `pytest --dist loadgroup` (`make test`) keeps together."""
-    file = item.path.relative_to(Path(__file__).parent)
-    return GROUPS.get(file.parts[0], (len(GROUPS), str(file)))
+def folder_of(nodeid: str) -> str:
+    return nodeid.split("/")[1]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker(pytest.mark.xdist_group(group_of(item)[1]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """That of `--dist loadgroup` (`make test`); xdist's own groups nothing with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(folder_of(nodeid), nodeid.split("::")[0])
+
+    return Together(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest first, so that no process ends alone."""
+    """Slow folders first where processes share the tests, so that none ends long before the others."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: group_of(item)[0])
+        order = list(TOGETHER)
+        items.sort(key=lambda item: order.index(folder) if (folder := folder_of(item.nodeid)) in order else len(order))
