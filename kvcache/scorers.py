@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kvcache.evidence import LayerEvidence, PagedEvidence, dequantise
 
-# Bounds the memory of `mean_probabilities`: logits held at once, 4 bytes each, unless one KV head alone has more.
+# Bounds the memory of `reduced_probabilities`: logits held at once, 4 bytes each, unless one KV head alone has more.
 _MAX_LOGITS = 1 << 26
 # The same for `column_sums`, unless one query of one KV head has more. Small: pieces that stay in a CPU's cache are
 # faster, and each piece of queries sees no keys behind its last one.
@@ -18,6 +18,7 @@ _MAX_COLUMN_LOGITS = 1 << 20
 GroupReduce = Literal["mean", "max", "sum"]
 GroupStage = Literal["probabilities", "logits"]
 Pooling = Literal["avg", "max", "none"]
+WindowReduce = Literal["mean", "max"]
 
 
 def reduce_group(scores: torch.Tensor, how: GroupReduce, dim: int) -> torch.Tensor:
@@ -46,11 +47,12 @@ def pool(scores: torch.Tensor, how: Pooling, kernel: int) -> torch.Tensor:
     return F.max_pool1d(flat, kernel, 1, half).reshape(scores.shape)
 
 
-def window_probabilities(evidence: LayerEvidence) -> torch.Tensor:
-    """The attention that the window's queries give to each earlier token, their mean; on a GPU by kernels.
+def window_probabilities(evidence: LayerEvidence, window_reduce: WindowReduce = "mean") -> torch.Tensor:
+    """The attention that the window's queries give to each earlier token, their mean or the most that one gives; on a
+    GPU by kernels.
 
-    The kernels read keys where they lie in the cache. Asked for through `LayerEvidence.window_attention`, which
-    remembers it.
+    The kernels read keys where they lie in the cache. Means are asked for through `LayerEvidence.window_attention`,
+    which remembers them.
 
     Returns:
         float32 [num_heads, prompt_len - w].
@@ -61,8 +63,9 @@ def window_probabilities(evidence: LayerEvidence) -> torch.Tensor:
     if isinstance(evidence, PagedEvidence) and evidence.pages.is_cuda:
         from kvcache.kernels.window_votes import window_probabilities_paged
 
-        return window_probabilities_paged(evidence)
-    return mean_probabilities(_queries(evidence), evidence.keys, evidence.scale).flatten(0, 1)
+        return window_probabilities_paged(evidence, window_reduce)
+    found = reduced_probabilities(_queries(evidence), evidence.keys, evidence.scale, window_reduce=window_reduce)
+    return found.flatten(0, 1)
 
 
 def window_votes(
@@ -72,12 +75,13 @@ def window_votes(
     kernel: int = 5,
     group_reduce: GroupReduce = "mean",
     group_stage: GroupStage = "probabilities",
+    window_reduce: WindowReduce = "mean",
 ) -> torch.Tensor:
     """SnapKV's vote (arXiv 2404.14469): what the window gives to each earlier token, pooled, by KV head.
 
-    Mean over the window's queries of the softmax over all keys, pooling over positions, then the query heads of a
-    group are reduced to their KV head. With `group_stage="logits"` the group is reduced before the softmax (R-KV's
-    order), by torch everywhere.
+    Mean (or maximum) over the window's queries of the softmax over all keys, pooling over positions, then the query
+    heads of a group are reduced to their KV head. With `group_stage="logits"` the group is reduced before the softmax
+    (R-KV's order), by torch everywhere.
 
     Returns:
         float32 [num_kv_heads, prompt_len - w].
@@ -88,9 +92,11 @@ def window_votes(
     num_kv_heads = evidence.shape[0]
     if group_stage == "logits":
         queries = _queries(evidence)
-        votes = mean_probabilities(queries, evidence.keys, evidence.scale, group_logits=group_reduce)
+        votes = reduced_probabilities(
+            queries, evidence.keys, evidence.scale, window_reduce=window_reduce, group_logits=group_reduce
+        )
         return pool(votes[:, 0], pooling, kernel)
-    votes = evidence.window_attention
+    votes = evidence.window_attention if window_reduce == "mean" else window_probabilities(evidence, window_reduce)
     if votes.is_cuda:
         from kvcache.kernels.window_votes import pool_votes
 
@@ -104,10 +110,15 @@ def _queries(evidence: LayerEvidence) -> torch.Tensor:
     return evidence.window_queries
 
 
-def mean_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, *, group_logits: GroupReduce | None = None
+def reduced_probabilities(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    *,
+    window_reduce: WindowReduce = "mean",
+    group_logits: GroupReduce | None = None,
 ) -> torch.Tensor:
-    """Causal softmax of the last w queries over all keys, mean over the queries.
+    """Causal softmax of the last w queries over all keys, mean or maximum over the queries.
 
     Args:
         queries: [w, num_heads, head_dim], post-RoPE, of the last w positions.
@@ -123,7 +134,7 @@ def mean_probabilities(
     group = num_heads // num_kv_heads
     grouped = queries.float().view(w, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     future = torch.arange(n, device=keys.device) > torch.arange(n - w, n, device=keys.device)[:, None]
-    means = []
+    reduced = []
     together = max(1, _MAX_LOGITS // (group * w * n))
     for heads in torch.arange(num_kv_heads).split(together):
         first, last = int(heads[0]), int(heads[-1]) + 1
@@ -131,8 +142,8 @@ def mean_probabilities(
         if group_logits:
             logits = reduce_group(logits, group_logits, 1)[:, None]
         probabilities = logits.masked_fill_(future, float("-inf")).softmax(-1)
-        means.append(probabilities.mean(2)[..., : n - w])
-    return torch.cat(means)
+        reduced.append(reduce_group(probabilities, window_reduce, 2)[..., : n - w])
+    return torch.cat(reduced)
 
 
 def window_attention(
@@ -144,10 +155,14 @@ def window_attention(
     kernel: int = 5,
     group_reduce: GroupReduce = "mean",
     group_stage: GroupStage = "probabilities",
+    window_reduce: WindowReduce = "mean",
 ) -> torch.Tensor:
-    """`window_votes` of plain tensors (see `mean_probabilities`): the naive twin of the kernels."""
+    """`window_votes` of plain tensors (see `reduced_probabilities`): the naive twin of the kernels."""
     evidence = LayerEvidence(0, keys, keys, queries, scale)
-    return window_votes(evidence, pooling=pooling, kernel=kernel, group_reduce=group_reduce, group_stage=group_stage)
+    return window_votes(
+        evidence, pooling=pooling, kernel=kernel, group_reduce=group_reduce, group_stage=group_stage,
+        window_reduce=window_reduce,
+    )  # fmt: skip
 
 
 def column_sums(queries: torch.Tensor, keys: torch.Tensor, scale: float, first: int) -> torch.Tensor:

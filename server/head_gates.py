@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvcache.scorers import mean_probabilities
+from kvcache.scorers import reduced_probabilities
 from server.errors import StartError
 from server.watching import load, run_all, tokens
 
@@ -40,7 +40,7 @@ class Reach:
         Returns:
             float32 [num_kv_heads]: mean over the queries; of a group's query heads the one that looks farthest.
         """
-        attention = mean_probabilities(queries, keys, scale)
+        attention = reduced_probabilities(queries, keys, scale)
         return attention[..., self.sinks : keys.shape[1] - max(self.recent, self.window)].sum(-1).amax(-1)
 
 

@@ -73,10 +73,10 @@ def _denominators(
 @triton.jit(do_not_specialize=_VARYING)
 def _votes(
     queries, pages, table, partial, votes, width, length, window, scale, splits,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, MAX_WINDOW: tl.constexpr,
     PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Mean over the window of the probabilities, for each query head and key before the window."""
+    """Mean or maximum over the window of the probabilities, for each query head and key before the window."""
     head = tl.program_id(0)
     position = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     k = _load_keys(pages, table + head * width, position, length, PAGE, DIM, DIM_2)
@@ -96,9 +96,14 @@ def _votes(
             most = tl.max(tl.where(real[:, None], parts, 0.0), 1)
             denominator = most + tl.log2(tl.sum(tl.exp2(parts - most[:, None]), 1))
             logits = tl.dot(k.to(q.dtype), tl.trans(q), input_precision="ieee") * scale
-            vote += tl.sum(tl.where(real, tl.exp2(logits - denominator), 0.0), 1)
+            power = tl.where(real, tl.exp2(logits - denominator), 0.0)
+            if MAX_WINDOW:  # a maximum over an axis drops NaNs; a sum doesn't
+                peak = tl.max(power, 1) + 0.0 * tl.sum(power, 1)
+                vote = tl.maximum(vote, peak, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                vote += tl.sum(power, 1)
         out = (head * GROUP + member).to(tl.int64) * before + position
-        tl.store(votes + out, vote / window, mask=position < before)
+        tl.store(votes + out, vote if MAX_WINDOW else vote / window, mask=position < before)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -186,7 +191,7 @@ def denominators(evidence: PagedEvidence, queries: torch.Tensor, length: int) ->
     return Denominators(queries, pages, partial, scale, shape)
 
 
-def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
+def window_probabilities_paged(evidence: PagedEvidence, window_reduce: str = "mean") -> torch.Tensor:
     """See `kvcache.scorers.window_probabilities`.
 
     bf16 and fp16 keys and queries are multiplied as they are, fp8 ones as bf16; sums are float32.
@@ -207,7 +212,7 @@ def window_probabilities_paged(evidence: PagedEvidence) -> torch.Tensor:
     _votes[(num_kv_heads, triton.cdiv(before, 128))](
         soft.queries, soft.pages, table, soft.partial, votes, table.stride(0), length, window, soft.scale,
         soft.partial.shape[1],
-        SPLITS=_MAX_SPLITS, **soft.shape,
+        SPLITS=_MAX_SPLITS, MAX_WINDOW=window_reduce == "max", **soft.shape,
         ROWS=32, KEYS=128, num_warps=4,
     )  # fmt: skip
     return votes
@@ -232,13 +237,17 @@ def pool_votes(votes: torch.Tensor, num_kv_heads: int, *, pooling: str, kernel: 
     return scores
 
 
-def window_votes_paged(evidence: PagedEvidence, *, pooling: str, kernel: int, group_reduce: str) -> torch.Tensor:
+def window_votes_paged(
+    evidence: PagedEvidence, *, pooling: str, kernel: int, group_reduce: str, window_reduce: str = "mean"
+) -> torch.Tensor:
     """Both, one after the other: `kvcache.scorers.window_votes`, groups reduced after the softmax."""
-    votes = window_probabilities_paged(evidence)
+    votes = window_probabilities_paged(evidence, window_reduce)
     return pool_votes(votes, evidence.shape[0], pooling=pooling, kernel=kernel, group_reduce=group_reduce)
 
 
 def warm_up(evidence: PagedEvidence) -> None:
     """Compile every kernel that requests may ask for; any evidence of the running cache will do."""
+    for window_reduce in ("mean", "max"):
+        votes = window_probabilities_paged(evidence, window_reduce)
     for pooling, group_reduce in product(("avg", "max"), ("mean", "max", "sum")):
-        window_votes_paged(evidence, pooling=pooling, kernel=3, group_reduce=group_reduce)
+        pool_votes(votes, evidence.shape[0], pooling=pooling, kernel=3, group_reduce=group_reduce)

@@ -11,7 +11,15 @@ import torch
 
 from kvcache.evidence import PagedEvidence, QuantScales, dequantise
 from kvcache.pages import InterleavedCodec, PageGeometry, PermutedCodec
-from kvcache.scorers import GroupReduce, Pooling, mean_probabilities, pool, reduce_group, window_attention, window_votes
+from kvcache.scorers import (
+    GroupReduce,
+    Pooling,
+    pool,
+    reduce_group,
+    reduced_probabilities,
+    window_attention,
+    window_votes,
+)
 
 pytest.importorskip("triton")
 # The interpreter's numpy warns of infinities and NaNs, which belong to these sums.
@@ -119,6 +127,17 @@ def test_poolings_and_reductions(pooling: str, kernel: int, group_reduce: str, d
         assert_like_twin(case, device, pooling=pooling, kernel=kernel, group_reduce=group_reduce)
 
 
+@pytest.mark.parametrize("window", [1, 6, 32, 40, 70])
+def test_the_strongest_query_of_the_window(window: int, device: torch.device) -> None:
+    """Over tiles of queries, the last of them not full; no mean is as high."""
+    case = Case(1300 + window, window, seed=window)
+    assert_like_twin(case, device, window_reduce="max")
+    assert_like_twin(case, device, window_reduce="max", pooling="max", kernel=21, group_reduce="max")
+    evidence, _ = case.make(device)
+    means, peaks = votes(evidence), votes(evidence, window_reduce="max")
+    assert torch.equal(means, peaks) if window == 1 else bool((means < peaks).all())
+
+
 @pytest.mark.parametrize("length", [512, 513, 1024, 1030, 1300, 2049])
 def test_prompts_of_several_splits(length: int, device: torch.device) -> None:
     """The softmax's denominators come from parts of the keys, the last of any length; pooling goes over their seams."""
@@ -174,7 +193,7 @@ def test_probabilities_of_every_query_head(length: int, heads: int, group: int, 
     evidence, keys = case.make(device)
     assert evidence.window_queries is not None
     found = window_probabilities_paged(evidence)
-    expected = mean_probabilities(evidence.window_queries, keys, evidence.scale).flatten(0, 1)
+    expected = reduced_probabilities(evidence.window_queries, keys, evidence.scale).flatten(0, 1)
     assert found.dtype == torch.float32 and found.shape == expected.shape == (heads * group, length - 6)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(evidence.window_attention, expected, rtol=1e-4, atol=1e-7)
@@ -244,29 +263,31 @@ def test_window_queries_do_not_see_their_future(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["none", "avg", "max"])
-@pytest.mark.parametrize("group_reduce", ["mean", "max"])
+@pytest.mark.parametrize(("group_reduce", "window_reduce"), [("mean", "mean"), ("max", "mean"), ("max", "max")])
 @pytest.mark.parametrize(("length", "position"), [(90, 0), (90, 40), (90, 83), (90, 86), (90, 89), (1300, 700)])
 def test_a_nan_key_makes_all_votes_of_its_head_nan(
-    length: int, position: int, group_reduce: str, pooling: str, device: torch.device
+    length: int, position: int, group_reduce: str, window_reduce: str, pooling: str, device: torch.device
 ) -> None:
     """Also one in the window, which the first of its queries don't see. Other heads know nothing of it."""
     case = Case(length, window=6, group=2)
     evidence, keys = case.make(device)
     keys[1, position, 3] = math.nan
     evidence = case.evidence(keys, evidence.raw_queries)
-    options = {"pooling": pooling, "group_reduce": group_reduce}
+    options = {"pooling": pooling, "group_reduce": group_reduce, "window_reduce": window_reduce}
     found, expected = votes(evidence, **options), twin(evidence, keys, **options)
     assert found[1].isnan().all() and expected[1].isnan().all()
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("window_reduce", ["mean", "max"])
 @pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
-def test_a_nan_query_spoils_its_own_kv_head_alone(group_reduce: str, device: torch.device) -> None:
+def test_a_nan_query_spoils_its_own_kv_head_alone(group_reduce: str, window_reduce: str, device: torch.device) -> None:
     case = Case(90)
     evidence, keys = case.make(device)
     assert evidence.raw_queries is not None
     evidence.raw_queries[2, 4, 5] = math.nan  # of three query heads a KV head, number 4 is the second's
-    found, expected = votes(evidence, group_reduce=group_reduce), twin(evidence, keys, group_reduce=group_reduce)
+    options = {"group_reduce": group_reduce, "window_reduce": window_reduce}
+    found, expected = votes(evidence, **options), twin(evidence, keys, **options)
     assert found[1].isnan().all() and expected[1].isnan().all()
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-7)
 
@@ -287,8 +308,9 @@ def test_votes_on_a_gpu_are_the_kernels(length: int, device: torch.device) -> No
     """Bit by bit, with the defaults too; groups reduced before the softmax are torch's work."""
     case = Case(length)
     evidence, keys = case.make(device)
-    for options in ({"pooling": "avg", "kernel": 5}, {"pooling": "max", "kernel": 21, "group_reduce": "max"}):
-        assert torch.equal(window_votes(evidence, **options), votes(evidence, **options))  # type: ignore[arg-type]
+    ours: dict[str, Any] = {"pooling": "max", "kernel": 21, "group_reduce": "max", "window_reduce": "max"}
+    for options in ({"pooling": "avg", "kernel": 5}, {**ours, "window_reduce": "mean"}, ours):
+        assert torch.equal(window_votes(evidence, **options), votes(evidence, **options))
     assert torch.equal(window_votes(evidence), votes(evidence, pooling="avg"))
     by_torch = twin(evidence, keys, group_stage="logits")
     assert torch.equal(window_votes(evidence, pooling="none", group_stage="logits"), by_torch)

@@ -14,13 +14,14 @@ import kvcache.scorers
 from kvcache.evidence import Evidence, LayerEvidence, PagedEvidence, QuantScales, dequantise
 from kvcache.observers.window import QueryWindow
 from kvcache.registry import make_policy
-from kvcache.scorers import GroupReduce, GroupStage, Pooling, window_attention, window_votes
+from kvcache.scorers import GroupReduce, GroupStage, Pooling, WindowReduce, window_attention, window_votes
 from tests.kvcache import synthetic
 from tests.kvcache.synthetic import HEAD_DIM, SCALE, WINDOW, words
 
 # Bits are compared here; tests/kernels has what kernels make of pages on a GPU.
 PagedCache = partial(synthetic.PagedCache, device="cpu")
 PROMPT = 107
+REDUCES: tuple[WindowReduce, ...] = ("mean", "max")
 LAYER = 2
 
 
@@ -75,15 +76,16 @@ def test_pages_are_read_only_for_scorers_that_ask(policy: str, reads: bool) -> N
         assert built.scores(evidence).shape == (2, PROMPT)
 
 
+@pytest.mark.parametrize("window_reduce", ["mean", "max"])
 @pytest.mark.parametrize("group_stage", ["probabilities", "logits"])
 @pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
 @pytest.mark.parametrize(("pooling", "kernel"), [("avg", 5), ("max", 21), ("none", 3)])
 def test_votes_over_pages_are_those_over_gathered_keys(
-    pooling: Pooling, kernel: int, group_reduce: GroupReduce, group_stage: GroupStage
+    pooling: Pooling, kernel: int, group_reduce: GroupReduce, group_stage: GroupStage, window_reduce: WindowReduce
 ) -> None:
     cache = PagedCache(PROMPT, num_heads=6, num_kv_heads=2)
     options: dict[str, Any] = {"pooling": pooling, "kernel": kernel, "group_reduce": group_reduce}
-    options["group_stage"] = group_stage
+    options |= {"group_stage": group_stage, "window_reduce": window_reduce}
     keys, values = cache.keys[LAYER, :, :PROMPT], cache.values[LAYER, :, :PROMPT]
     queries = cache.queries[LAYER, PROMPT - WINDOW : PROMPT]
     expected = window_attention(queries, keys, SCALE, **options)
@@ -96,10 +98,21 @@ def test_votes_have_the_defaults_of_the_paper() -> None:
     cache = PagedCache(PROMPT)
     queries, keys = cache.queries[LAYER, PROMPT - WINDOW : PROMPT], cache.keys[LAYER, :, :PROMPT]
     expected = window_attention(
-        queries, keys, SCALE, pooling="avg", kernel=5, group_reduce="mean", group_stage="probabilities"
-    )
+        queries, keys, SCALE, pooling="avg", kernel=5, group_reduce="mean", group_stage="probabilities",
+        window_reduce="mean",
+    )  # fmt: skip
     assert torch.equal(window_votes(paged(cache)), expected)
     assert torch.equal(window_attention(queries, keys, SCALE), expected)
+
+
+def test_the_strongest_query_of_the_window_votes() -> None:
+    """One query that looks at a token is enough; in the mean it is one of many."""
+    queries, keys = torch.zeros(8, 1, 4), torch.zeros(1, 40, 4)
+    queries[5, 0, 1], keys[0, 17, 1] = 10.0, 10.0
+    keys[0, 9, 0], queries[:, 0, 0] = 2.5, 2.5  # what all of them look at a little
+    votes = {how: window_attention(queries, keys, 1.0, pooling="none", window_reduce=how)[0] for how in REDUCES}
+    assert votes["max"][17] > 0.99 and votes["max"].argmax() == 17
+    assert votes["mean"].argmax() == 9 and votes["mean"][17] < 0.15
 
 
 @pytest.mark.parametrize("group_stage", ["probabilities", "logits"])
@@ -125,9 +138,9 @@ def test_attention_of_the_window_is_computed_once(monkeypatch: pytest.MonkeyPatc
         queries = cache.queries[LAYER, PROMPT - WINDOW : PROMPT, head : head + 1]
         one = window_attention(queries, keys[head // 3 : head // 3 + 1], SCALE, pooling="none")
         torch.testing.assert_close(attention[head], one[0])
-    monkeypatch.setattr(kvcache.scorers, "mean_probabilities", None)
-    for policy in ("snapkv", "tova"):
-        built = make_policy(words(policy, 64, layers="zigzag"))
+    monkeypatch.setattr(kvcache.scorers, "reduced_probabilities", None)
+    for policy, options in (("snapkv", {"window_reduce": "mean"}), ("tova", {})):
+        built = make_policy(words(policy, 64, layers="zigzag", **options))
         assert built is not None
         built.scores(evidence)
         built.layer_allocator.statistic(evidence)
