@@ -49,7 +49,9 @@ class RecycledReader(Reader):
         size = self.place.geometry.page_size
         for layer, table in enumerate(pages):
             prompt = evidence(layer)
-            votes = window_votes(prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max")
+            votes = window_votes(
+                prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max", window_reduce="max"
+            )
             heads, n, _ = prompt.shape
             scores = F.pad(votes, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
             scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"))
@@ -108,8 +110,8 @@ class Recycled(Selector):
     tokens again.
 
     Formula:
-        at the prompt's end the window and the K - w others with the highest max over the group of the mean over the
-        window of softmax(q k_j / sqrt d); at a full step the K tokens with the highest max over the group of
+        at the prompt's end the window and the K - w others with the highest max over the group and over the window of
+        softmax(q k_j / sqrt d); at a full step the K tokens with the highest max over the group of
         softmax(q k_j / sqrt d).
     """
 

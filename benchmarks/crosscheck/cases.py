@@ -48,7 +48,7 @@ def gates() -> list[list[float]]:
 
 _SNAP = {"class": "SnapKVPress", "window_size": 32, "kernel_size": 5}
 _NARROW = {"window_size": 16, "kernel_size": 5}
-_VOTES = {"window": 32, "kernel": 5, "pooling": "avg", "group_reduce": "mean", "sinks": 0}
+_VOTES = {"window": 32, "kernel": 5, "pooling": "avg", "window_reduce": "mean", "group_reduce": "mean", "sinks": 0}
 
 
 def cases_at(keep: float) -> list[Case]:

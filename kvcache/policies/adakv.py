@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from kvcache.allocators.adakv import AdaHeads
 from kvcache.policies.snapkv import SnapKV
+from kvcache.scorers import WindowReduce
 
 
 class AdaKV(SnapKV):
@@ -22,3 +25,7 @@ class AdaKV(SnapKV):
     title = "AdaKV: SnapKV with budgets by head"
     paper = "arXiv 2407.11550"
     heads = AdaHeads
+
+    class Args(SnapKV.Args):
+        # Where heads compete, one query's peak in one of them would take what another holds by many.
+        window_reduce: WindowReduce = Field("mean", description="How the window's queries are reduced, before pooling.")

@@ -82,7 +82,13 @@ def test_scores_are_the_chunks_mean_votes(module: ModuleType, chunk: int) -> Non
     scores = policy.scores(evidence)
     assert scores[:, 101:].isinf().all()
     queries, keys = cache.queries[0, 101:107].transpose(0, 1).tolist(), cache.keys[0].tolist()
-    plain: dict[str, Any] = {"kernel": 1, "pooling": "none", "group_reduce": "max", "group_stage": "probabilities"}
+    plain: dict[str, Any] = {
+        "kernel": 1,
+        "pooling": "none",
+        "group_reduce": "max",
+        "group_stage": "probabilities",
+        "window_reduce": "mean",
+    }
     for head in range(2):
         votes = torch.tensor(snapkv_votes(queries[2 * head : 2 * head + 2], keys[head], SCALE, **plain))
         for first in range(0, 101, chunk):

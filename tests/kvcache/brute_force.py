@@ -35,7 +35,14 @@ def pooled(scores: list[float], how: str, kernel: int) -> list[float]:
 
 
 def snapkv_votes(
-    queries: list[Matrix], keys: Matrix, scale: float, pooling: str, kernel: int, group_reduce: str, group_stage: str
+    queries: list[Matrix],
+    keys: Matrix,
+    scale: float,
+    pooling: str,
+    kernel: int,
+    group_reduce: str,
+    group_stage: str,
+    window_reduce: str,
 ) -> list[float]:
     """Votes for the tokens before the window, of one KV head.
 
@@ -61,8 +68,8 @@ def snapkv_votes(
     votes = []
     for head_rows in rows:
         probabilities = [softmax(row) for row in head_rows]
-        means = [sum(row[position] for row in probabilities) / w for position in range(n - w)]
-        votes.append(pooled(means, pooling, kernel))
+        reduced = [reduce([row[position] for row in probabilities], window_reduce) for position in range(n - w)]
+        votes.append(pooled(reduced, pooling, kernel))
     return [reduce(list(at), group_reduce) for at in zip(*votes, strict=True)]
 
 
@@ -126,7 +133,7 @@ def probabilities_before(queries: list[Matrix], keys: Matrix, scale: float) -> l
     Args:
         queries: [group][w][d] of the query heads of one KV head; keys: [n][d].
     """
-    return [snapkv_votes([head], keys, scale, "none", 1, "mean", "probabilities") for head in queries]
+    return [snapkv_votes([head], keys, scale, "none", 1, "mean", "probabilities", "mean") for head in queries]
 
 
 def tova_votes(heads: list[list[float]]) -> list[float]:

@@ -225,7 +225,7 @@ def scores_by_hand(run: Run, layer: int) -> list[list[float]]:
         return by_age([[max([position, *times]) for position, times in enumerate(head)] for head in used])
     assert isinstance(policy, SnapKV), f"write the scores of {policy.name} out by hand here"
     queries = window_queries(run, layer)
-    settings = policy.args.model_dump(include={"pooling", "kernel", "group_reduce", "group_stage"})
+    settings = policy.args.model_dump(include={"pooling", "kernel", "group_reduce", "group_stage", "window_reduce"})
     votes = [
         snapkv_votes(queries[head * group : (head + 1) * group], keys[head], SCALE, **settings)
         for head in range(len(keys))
@@ -390,13 +390,17 @@ def test_arguments_of_parts_equal_those_by_hand(policy: str, arguments: dict[str
     assert_kept_by_hand(run)
 
 
+@pytest.mark.parametrize("window_reduce", ["mean", "max"])
 @pytest.mark.parametrize("group_stage", ["probabilities", "logits"])
 @pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
 @pytest.mark.parametrize("kernel", [1, 5, 7])
 @pytest.mark.parametrize("pooling", ["avg", "max", "none"])
-def test_snapkv_arguments_equal_those_by_hand(pooling: str, kernel: int, group_reduce: str, group_stage: str) -> None:
+def test_snapkv_arguments_equal_those_by_hand(
+    pooling: str, kernel: int, group_reduce: str, group_stage: str, window_reduce: str
+) -> None:
     arguments: dict[str, Any] = {
         "pooling": pooling,
+        "window_reduce": window_reduce,
         "kernel": kernel,
         "group_reduce": group_reduce,
         "group_stage": group_stage,

@@ -34,7 +34,7 @@ NAMES = "none, streamingllm, l2norm, keydiff, snapkv, pyramidkv, zigzagkv, adakv
 NAMES += "h2o, observedattention, d2o, expectedattention, rkv, lra, lfa, raas, namm, duoattention, random"
 LAYER_NAMES, HEAD_NAMES = "uniform, pyramid, zigzag, zipvl, d2o", "equal, adakv"
 COMMON = "budget, sinks, suffix, interval"
-ARGUMENTS = f"{COMMON}, window, kernel, pooling, group_reduce, group_stage"
+ARGUMENTS = f"{COMMON}, window, kernel, pooling, window_reduce, group_reduce, group_stage"
 BUDGET = "a whole number of tokens or a share of the prompt such as '25%'"
 
 MISTAKES: list[tuple[dict[str, Any], str, str, str]] = [
@@ -142,11 +142,12 @@ LATER: dict[str, Any] = {"suffix": 3, "interval": 0}
     "words",
     [
         {"policy": "pyramidkv", "budget": 99, "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "avg",
-         "group_reduce": "sum", "group_stage": "logits", "beta": 7},
+         "window_reduce": "mean", "group_reduce": "sum", "group_stage": "logits", "beta": 7},
         {"policy": "zigzagkv", "budget": 99, "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "avg",
-         "group_reduce": "sum", "group_stage": "logits", "mass": 0.75, "bound": 0.125, "heads": "adakv", "floor": 0.3},
+         "window_reduce": "mean", "group_reduce": "sum", "group_stage": "logits",
+         "mass": 0.75, "bound": 0.125, "heads": "adakv", "floor": 0.3},
         {"policy": "criticalkv", "budget": "7%", "sinks": 0, **LATER, "window": 5, "kernel": 3, "pooling": "none",
-         "group_reduce": "sum", "group_stage": "logits", "first_stage": 0.1, "epsilon": 1e-7},
+         "window_reduce": "mean", "group_reduce": "sum", "group_stage": "logits", "first_stage": 0.1, "epsilon": 1e-7},
         {"policy": "tova", "budget": 99, "sinks": 0, **LATER, "interval": 40, "window": 2, "layers": "zipvl",
          "tau": 0.1 + 0.2},
         {"policy": "keydiff", "budget": 99, "sinks": 0, **LATER, "recent": 2, "layers": "pyramid", "beta": 3,
