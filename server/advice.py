@@ -23,6 +23,7 @@ ADVICE = {
     "--kv-kernel": "Free. Raise it where facts of several tokens are kept in parts, lower it to pick single tokens.",
     "--kv-pooling": "Free. avg for the paper's form.",
     "--kv-group-reduce": "Free. mean for the papers' form.",
+    "--kv-window-reduce": "Free. mean for the paper's form.",
     "--kv-group-stage": "Free. logits takes one softmax a group instead of one a head.",
     "--kv-beta": "Free. Lower it to give upper layers more.",
     "--kv-mass": "Free. Lower it where all layers get nearly the same.",

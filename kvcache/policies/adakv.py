@@ -13,7 +13,8 @@ class AdaKV(SnapKV):
     """SnapKV's votes; the KV heads of a layer compete for its tokens.
 
     Heads that look everywhere get more than heads that look at a few places. Each head has its own length here, and the
-    memory is really freed (other implementations mask dropped tokens instead).
+    memory is really freed (other implementations mask dropped tokens instead). Unlike SnapKV's here, votes are the mean
+    over the window: where heads compete, what one query sees in one head would cost others what many of theirs see.
 
     Formula:
         score_j as in snapkv
@@ -27,5 +28,4 @@ class AdaKV(SnapKV):
     heads = AdaHeads
 
     class Args(SnapKV.Args):
-        # Where heads compete, one query's peak in one of them would take what another holds by many.
         window_reduce: WindowReduce = Field("mean", description="How the window's queries are reduced, before pooling.")

@@ -14,7 +14,7 @@ class ZigZagKV(SnapKV):
     released, and the share that every layer gets alike (`bound`) is not verified.
 
     Formula:
-        score_j as in snapkv, p_h,j as there
+        score_j as in snapkv; p_h,j = mean over the last `window` queries q of query head h of softmax_j(q . k_j)
         LMBA(l) = mean over query heads h of the fewest j whose p_h,j sum to `mass` of all
         tokens(l) = bound * budget + (1 - bound) * budget * layers * LMBA(l) / sum of LMBA
     """
