@@ -102,6 +102,11 @@ class Selector(Method):
         """How many of a prompt's last queries the reader wants to select by before the first step; 0: none."""
         return 0
 
+    @property
+    def pinned(self) -> int:
+        """How many of the tokens that these queries choose stay on its lists."""
+        return 0
+
     def mode(self, context: int, since: int | None) -> Mode:
         """What a step does.
 

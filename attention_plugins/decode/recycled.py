@@ -19,10 +19,13 @@ from kvcache.selection import keep_top
 
 WINDOW = 32
 """As SnapKV's here."""
+_FIRST = 2.0
+"""A score above all probabilities."""
 
 
 class RecycledReader(Reader):
-    """By request, layer and KV head the slots of K tokens, and by request and layer the queries that chose them."""
+    """By request, layer and KV head the slots of K tokens and the places of pinned ones, by request and layer the
+    queries that chose them."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -38,12 +41,17 @@ class RecycledReader(Reader):
             g.num_layers, place.states, g.num_kv_heads * place.group * g.head_dim, dtype=torch.float32
         )
         self.logits = zeros(place.rows, g.num_kv_heads, width, dtype=torch.float32)
+        self.pins = zeros(g.num_layers, place.states, g.num_kv_heads, place.tokens // 2) - 1
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
         g, width = place.geometry, place.tokens + 1
-        by_state = g.num_layers * g.num_kv_heads * (4 * width + 4 + 4 * place.group * g.head_dim)
+        by_state = g.num_layers * g.num_kv_heads * 4 * (width + 1 + place.group * g.head_dim + place.tokens // 2)
         return place.states * by_state + place.rows * g.num_kv_heads * 4 * width
+
+    def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
+        """Nothing is pinned of a request that has another's place, or was compacted, until its prompt chooses."""
+        self.pins[:, state] = -1
 
     def open(self, read: Read, pages: torch.Tensor, evidence: Callable[[int], LayerEvidence]) -> None:
         size = self.place.geometry.page_size
@@ -53,8 +61,10 @@ class RecycledReader(Reader):
                 prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max", window_reduce="max"
             )
             heads, n, _ = prompt.shape
-            scores = F.pad(votes, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
-            scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"))
+            known = votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
+            pinned = keep_top(known, torch.full((heads,), min(read.pinned, votes.shape[-1])))
+            self.pins[layer, read.place, :, : pinned.shape[-1]] = pinned.int()
+            scores = F.pad(known, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
             places = keep_top(scores, torch.full((heads,), read.tokens))
             slots = table.gather(1, places // size) * size + places % size
             self.slots[layer, read.place, :, : read.tokens] = slots.int()
@@ -73,11 +83,23 @@ class RecycledReader(Reader):
             scores, pooled = self.buffers.scores, self.buffers.pooled
             self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
             self.ops.pool_scores(pooled, scores, rows, cache, Mode.SELECT)
+            self._pin(pooled, rows, cache)
             self.ops.top_slots(slots, counts, pooled, rows, cache, Mode.SELECT, into=rows.places)
         self.ops.append_newest(slots, counts, rows.places, rows, cache, Mode.REUSE)
         logits = self.logits[: len(rows)]
         self.ops.slot_attention(out, queries, slots, counts, rows.places, rows, cache, Mode.REUSE, logits=logits)
         self.ops.evict_least(slots, counts, rows.places, rows, logits, Mode.REUSE)
+
+    def _pin(self, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> None:
+        """Let what the prompt chose come before all others."""
+        pins = self.pins[cache.layer].index_select(0, rows.places.clamp(min=0).long())
+        selects = ((rows.modes & int(Mode.SELECT)) != 0) & (rows.places >= 0)
+        real = selects[:, None, None] & (pins >= 0)
+        # What pins nothing adds nothing, to columns that differ: no thousands of writes to one of them.
+        spare = torch.arange(pins[:, 0].numel(), device=pins.device).view(len(pins), 1, -1) % scores.shape[1]
+        columns = torch.where(real, rows.starts[:, None, None] + pins, spare)
+        first = torch.where(real, _FIRST, 0.0)
+        scores.scatter_reduce_(1, columns.transpose(0, 1).flatten(1), first.transpose(0, 1).flatten(1), "amax")
 
     def _checked(self, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> DecodeRows:
         """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away. Those that
@@ -104,15 +126,16 @@ class Recycled(Selector):
     0, and over a compressed cache, the first step of the answer reads everything and chooses.) Steps attend to these:
     each new token is added and the one that got least in that step leaves, so the number stays. A full step, every
     `stride` of them, reads everything, attends, and notes anew the tokens that got the highest probability (of a group
-    of query heads the strongest counts; the paper's aggregation is not verified). With `similarity` above 0, every
-    `check_every` steps each layer compares its query with the one that chose, and where their cosine (over all heads
-    together) is lower, that layer reads everything and chooses anew. Nothing leaves the cache: the next choice sees all
-    tokens again.
+    of query heads the strongest counts; the paper's aggregation is not verified); a share `pinned` of the list is kept
+    for what the prompt chose, which one step's query may have lost sight of (0 is the paper's). With `similarity` above
+    0, every `check_every` steps each layer compares its query with the one that chose, and where their cosine (over all
+    heads together) is lower, that layer reads everything and chooses anew. Nothing leaves the cache: the next choice
+    sees all tokens again.
 
     Formula:
         at the prompt's end the window and the K - w others with the highest max over the group and over the window of
-        softmax(q k_j / sqrt d); at a full step the K tokens with the highest max over the group of
-        softmax(q k_j / sqrt d).
+        softmax(q k_j / sqrt d); at a full step the pinned K of these with the highest, and the others with the highest
+        max over the group of softmax(q k_j / sqrt d).
     """
 
     name = "recycled"
@@ -120,6 +143,7 @@ class Recycled(Selector):
     paper = "arXiv 2411.05787"
     reader = RecycledReader
     keeps_state = True
+    prepares = True
 
     class Args(ListArgs):
         min_context: int = shortest(12288)
@@ -129,6 +153,9 @@ class Recycled(Selector):
             le=256,
             description="Last queries of the prompt that choose the first list, at most `tokens` / 4; 0: the answer's"
             " first step does.",
+        )
+        pinned: float = Field(
+            0.5, ge=0, le=0.5, description="Share of `tokens` that full steps leave to what it chose."
         )
         stride: int = Field(50, ge=1, le=1 << 20, description="Steps from one full step to the next; 1: all are full.")
         similarity: float = Field(
@@ -145,6 +172,10 @@ class Recycled(Selector):
     @property
     def window(self) -> int:
         return min(self.args.window, self.args.tokens // 4) if self.args.stride > 1 else 0
+
+    @property
+    def pinned(self) -> int:
+        return int(self.args.tokens * self.args.pinned) if self.window else 0
 
     def mode(self, context: int, since: int | None) -> Mode:
         if super().mode(context, since) is Mode.DENSE:

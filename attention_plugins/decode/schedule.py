@@ -26,6 +26,7 @@ class Read:
         tokens: K.
         pooling, threshold: see `DecodeRows`.
         place: of its state; -1 for selectors that keep none.
+        pinned: see `Selector.pinned`.
         prepare: whether the reader has to see its cache first. Not for workers.
     """
 
@@ -37,6 +38,7 @@ class Read:
     threshold: float
     place: int
     pooling: int = 0
+    pinned: int = 0
     prepare: bool = False
 
 
@@ -163,7 +165,7 @@ class ReadSchedule:
         request.since = 1 if mode & Mode.SELECT or request.since is None else request.since + 1
         prepare, request.prepared = since == 0 or (selector.prepares and not request.prepared), True
         place = -1 if request.place is None else request.place
-        own = selector.args.tokens, selector.threshold, place, selector.pooling
+        own = selector.args.tokens, selector.threshold, place, selector.pooling, selector.pinned
         return Read(request_id, selector.name, mode, context, *own, prepare)
 
     def _has_room(self, request: _Request, context: int) -> bool:

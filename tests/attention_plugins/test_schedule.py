@@ -13,7 +13,7 @@ from attention_plugins.decode.schedule import Read, ReadSchedule
 
 PAGE = 16
 NAMES = ["recycled", "tidal", "lessismore", "quest", "loki", "local"]
-KEEPING, PREPARING = {"recycled", "local"}, {"quest", "loki", "local"}
+KEEPING, PREPARING = {"recycled", "local"}, {"recycled", "quest", "loki", "local"}
 
 
 def asking(name: str, **words: Any) -> Any:
@@ -100,7 +100,7 @@ def test_a_read_says_all_that_workers_need() -> None:
     assert schedule.step({"q": 300, "l": 400, "r": 500}) == {
         "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.0, -1, prepare=True),
         "l": Read("l", "local", Mode.SELECT, 400, 128, 0.25, 0, prepare=True),
-        "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 1, 10, prepare=False),
+        "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 1, 10, 48, prepare=True),
     }
 
 

@@ -108,9 +108,17 @@ class Recycled:
     """Lists of K tokens by layer and head; a full step chooses them, in others the newest comes and the least goes."""
 
     def __init__(
-        self, k: int, stride: int, similarity: float = 0.0, check_every: int = 1, kernel: int = 1, window: int = 0
+        self,
+        k: int,
+        stride: int,
+        similarity: float = 0.0,
+        check_every: int = 1,
+        kernel: int = 1,
+        window: int = 0,
+        pinned: int = 0,
     ) -> None:
-        self.kernel, self.window = kernel, window
+        self.kernel, self.window, self.pinned = kernel, window, pinned
+        self.pins: dict[int, list[list[int]]] = {}
         self.k, self.stride, self.similarity, self.check_every = k, stride, similarity, check_every
         self.lists: dict[int, list[list[int]]] = {}
         self.queries: dict[int, torch.Tensor] = {}
@@ -118,18 +126,20 @@ class Recycled:
         self.since = 0
 
     def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """The window's mean probabilities, pooled by query head; the window itself is on the lists."""
+        """The window's highest probabilities, pooled by query head; the window itself is on the lists, and the first of
+        the others are pinned."""
         if not self.window:
             return
         n, reach = keys.shape[1], self.kernel // 2
-        before, self.lists[layer] = n - self.window, []
+        before, self.lists[layer], self.pins[layer] = n - self.window, [], []
         for group, head in zip(queries, keys, strict=True):
             votes = torch.zeros(len(group), before)
             for position in range(before, n):
-                votes += (group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before] / self.window
+                votes = votes.maximum((group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before])
             near = [float(votes[:, max(0, at - reach) : at + reach + 1].max()) for at in range(before)]
             best = sorted(range(before), key=lambda at: -near[at])[: self.k - self.window]
             self.lists[layer].append([*best, *range(before, n)])
+            self.pins[layer].append(best[: self.pinned])
         self.queries[layer] = queries[:, :, -1]
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -142,7 +152,12 @@ class Recycled:
             likeness = torch.cosine_similarity(queries.flatten(), self.queries[layer].flatten(), dim=0)
             full = bool(likeness < self.similarity)
         if full:
-            self.lists[layer], self.queries[layer] = top_tokens(queries, keys, self.k, True, self.kernel), queries
+            chosen = top_tokens(queries, keys, keys.shape[1], True, self.kernel)  # all, best first behind the newest
+            pins = self.pins.get(layer, [[]] * len(chosen))
+            self.lists[layer], self.queries[layer] = [], queries
+            for ranked, pinned in zip(chosen, pins, strict=True):
+                others = [place for place in ranked[1:] if place not in pinned]
+                self.lists[layer].append([ranked[0], *pinned, *others][: self.k])
             return everything(keys)
         n, seen = keys.shape[1], []
         for head, listed in enumerate(self.lists[layer]):

@@ -55,11 +55,16 @@ def test_few_tokens_change_the_answer(engine: Engine, selector: dict[str, Any]) 
 
 REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
     (SELECTORS[0], lambda: by_hand.Recycled(96, 4, kernel=5)),
-    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2, window=1)),
+    (SELECTORS[1], lambda: by_hand.Recycled(96, 1000, 0.9, 2, window=1, pinned=48)),
     ({"selector": "recycled", "kernel": 7}, lambda: by_hand.Recycled(96, 50, kernel=7, window=24)),
+    ({"selector": "recycled", "stride": 4}, lambda: by_hand.Recycled(96, 4, kernel=21, window=24, pinned=48)),
+    (
+        {"selector": "recycled", "stride": 3, "pinned": 0.25, "kernel": 3},
+        lambda: by_hand.Recycled(96, 3, kernel=3, window=24, pinned=24),
+    ),
     (
         {"selector": "recycled", "stride": 9, "similarity": 0.9, "check_every": 2, "window": 16},
-        lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16),
+        lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16, pinned=48),
     ),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
     ({"selector": "tidal", "kernel": 3}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
@@ -79,6 +84,15 @@ def test_answers_are_what_the_formulas_say(
 ) -> None:
     (job,) = engine.run([Job(prompt_of(length), decode=asking(selector), max_tokens=24)])
     assert job.tokens == reference.greedy_reading(job.prompt, 24, reads())
+
+
+def test_what_one_prompt_chose_is_pinned_for_no_other(engine: Engine, reference: Reference) -> None:
+    """The next request has its place, and chooses by its first step, as the paper does."""
+    words: dict[str, Any] = {"selector": "recycled", "stride": 4, "kernel": 5}
+    (first,) = engine.run([Job(prompt_of(640, 1), decode=asking(words), max_tokens=12)])
+    (job,) = engine.run([Job(prompt_of(650), decode=asking(words, window=0), max_tokens=24)])
+    assert first.steps["reuse"] and job.steps["select"] == 6
+    assert job.tokens == reference.greedy_reading(job.prompt, 24, by_hand.Recycled(96, 4, kernel=5))
 
 
 def test_a_stride_of_one_is_dense(engine: Engine) -> None:
