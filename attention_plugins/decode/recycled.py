@@ -11,16 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
+from attention_plugins.decode.pins import MOST, WINDOW, Pins
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.decode.schedule import Read
 from kvcache.evidence import LayerEvidence, dequantise
 from kvcache.scorers import window_votes
 from kvcache.selection import keep_top
-
-WINDOW = 32
-"""As SnapKV's here."""
-_FIRST = 2.0
-"""A score above all probabilities."""
 
 
 class RecycledReader(Reader):
@@ -41,17 +37,17 @@ class RecycledReader(Reader):
             g.num_layers, place.states, g.num_kv_heads * place.group * g.head_dim, dtype=torch.float32
         )
         self.logits = zeros(place.rows, g.num_kv_heads, width, dtype=torch.float32)
-        self.pins = zeros(g.num_layers, place.states, g.num_kv_heads, place.tokens // 2) - 1
+        self.pins = Pins(place, g.num_layers)
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
         g, width = place.geometry, place.tokens + 1
-        by_state = g.num_layers * g.num_kv_heads * 4 * (width + 1 + place.group * g.head_dim + place.tokens // 2)
-        return place.states * by_state + place.rows * g.num_kv_heads * 4 * width
+        by_state = g.num_layers * g.num_kv_heads * 4 * (width + 1 + place.group * g.head_dim)
+        by_row = g.num_kv_heads * 4 * width
+        return place.states * by_state + place.rows * by_row + Pins.nbytes(place, g.num_layers)
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
-        """Nothing is pinned of a request that has another's place, or was compacted, until its prompt chooses."""
-        self.pins[:, state] = -1
+        self.pins.clear(state)
 
     def open(self, read: Read, pages: torch.Tensor, evidence: Callable[[int], LayerEvidence]) -> None:
         size = self.place.geometry.page_size
@@ -61,10 +57,9 @@ class RecycledReader(Reader):
                 prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max", window_reduce="max"
             )
             heads, n, _ = prompt.shape
-            known = votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
-            pinned = keep_top(known, torch.full((heads,), min(read.pinned, votes.shape[-1])))
-            self.pins[layer, read.place, :, : pinned.shape[-1]] = pinned.int()
-            scores = F.pad(known, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
+            votes = votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
+            self.pins.choose(layer, read.place, votes, read.pinned)
+            scores = F.pad(votes, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
             places = keep_top(scores, torch.full((heads,), read.tokens))
             slots = table.gather(1, places // size) * size + places % size
             self.slots[layer, read.place, :, : read.tokens] = slots.int()
@@ -83,23 +78,12 @@ class RecycledReader(Reader):
             scores, pooled = self.buffers.scores, self.buffers.pooled
             self.ops.token_scores(scores, rows, cache, queries, Mode.SELECT, lse=lse)
             self.ops.pool_scores(pooled, scores, rows, cache, Mode.SELECT)
-            self._pin(pooled, rows, cache)
+            self.pins.raise_scores(pooled, rows, cache.layer)
             self.ops.top_slots(slots, counts, pooled, rows, cache, Mode.SELECT, into=rows.places)
         self.ops.append_newest(slots, counts, rows.places, rows, cache, Mode.REUSE)
         logits = self.logits[: len(rows)]
         self.ops.slot_attention(out, queries, slots, counts, rows.places, rows, cache, Mode.REUSE, logits=logits)
         self.ops.evict_least(slots, counts, rows.places, rows, logits, Mode.REUSE)
-
-    def _pin(self, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> None:
-        """Let what the prompt chose come before all others."""
-        pins = self.pins[cache.layer].index_select(0, rows.places.clamp(min=0).long())
-        selects = ((rows.modes & int(Mode.SELECT)) != 0) & (rows.places >= 0)
-        real = selects[:, None, None] & (pins >= 0)
-        # What pins nothing adds nothing, to columns that differ: no thousands of writes to one of them.
-        spare = torch.arange(pins[:, 0].numel(), device=pins.device).view(len(pins), 1, -1) % scores.shape[1]
-        columns = torch.where(real, rows.starts[:, None, None] + pins, spare)
-        first = torch.where(real, _FIRST, 0.0)
-        scores.scatter_reduce_(1, columns.transpose(0, 1).flatten(1), first.transpose(0, 1).flatten(1), "amax")
 
     def _checked(self, queries: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> DecodeRows:
         """Decide for this layer what rows in `Mode.CHECK` do: select anew where the query has turned away. Those that
@@ -155,7 +139,7 @@ class Recycled(Selector):
             " first step does.",
         )
         pinned: float = Field(
-            0.5, ge=0, le=0.5, description="Share of `tokens` that full steps leave to what it chose."
+            MOST, ge=0, le=MOST, description="Share of `tokens` that full steps leave to what these chose."
         )
         stride: int = Field(50, ge=1, le=1 << 20, description="Steps from one full step to the next; 1: all are full.")
         similarity: float = Field(

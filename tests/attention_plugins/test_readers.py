@@ -59,7 +59,7 @@ def held(*objects: Any) -> int:
     """Bytes behind the objects' tensors, each storage once."""
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for item in objects
+        for item in [*objects, *(thing.pins for thing in objects if hasattr(thing, "pins"))]
         for value in vars(item).values()
         if isinstance(value, torch.Tensor)
     }

@@ -65,27 +65,63 @@ class Loki:
         return mask_of(top_tokens(queries, keys, self.k, False), keys.shape[1])
 
 
-class Tidal:
-    """`selecting` layers choose, layers before the first read everything."""
+def votes_of_window(queries: torch.Tensor, keys: torch.Tensor, window: int, kernel: int) -> list[list[float]]:
+    """By KV head, the most that one of a prompt's last queries gives to each token before them, or to one near it."""
+    n, reach, found = keys.shape[1], kernel // 2, []
+    before = n - window
+    for group, head in zip(queries, keys, strict=True):
+        votes = torch.zeros(len(group), before)
+        for position in range(before, n):
+            votes = votes.maximum((group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before])
+        found.append([float(votes[:, max(0, at - reach) : at + reach + 1].max()) for at in range(before)])
+    return found
 
-    def __init__(self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False) -> None:
+
+def ranked(scores: list[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda at: -scores[at])
+
+
+class Tidal:
+    """`selecting` layers choose, layers before the first read everything; of what the prompt's window gives in the
+    layers that read a list, the first are pinned to it."""
+
+    def __init__(
+        self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False, window: int = 0, pinned: int = 0
+    ) -> None:
         self.k, self.selecting, self.kernel, self.shared = k, selecting, kernel, shared
+        self.window, self.pinned = window, pinned
         self.chosen: list[list[int]] = []
+        self.votes: dict[int, list[list[float]]] = {}
+
+    def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        if self.window:
+            self.votes[layer] = votes_of_window(queries, keys, self.window, 21)
+
+    def pins(self, layer: int, heads: int) -> list[list[int]]:
+        if not self.window:
+            return [[]] * heads
+        end = min([later for later in self.selecting if later > layer], default=max(self.votes) + 1)
+        votes = torch.tensor([self.votes[reader] for reader in range(min(layer + 1, end - 1), end)]).amax(0)
+        votes = votes.amax(0, keepdim=True).expand_as(votes) if self.shared else votes
+        return [ranked(head)[: self.pinned] for head in votes.tolist()]
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer in self.selecting:
-            self.chosen = self.choose(queries, keys)
+            chosen = self.choose(queries, keys)
+            self.chosen = [
+                [*listed[:1], *first, *(at for at in listed[1:] if at not in first)][: self.k]
+                for listed, first in zip(chosen, self.pins(layer, len(keys)), strict=True)
+            ]
         if layer in self.selecting or layer < self.selecting[0]:
             return everything(keys)
         return mask_of(self.chosen, keys.shape[1])
 
     def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
         if not self.shared:
-            return top_tokens(queries, keys, self.k, True, self.kernel)
+            return top_tokens(queries, keys, keys.shape[1], True, self.kernel)
         given = (queries @ keys.transpose(1, 2)).softmax(-1).amax(1).sum(0).tolist()
         near = [max(given[max(0, at - self.kernel // 2) : at + self.kernel // 2 + 1]) for at in range(len(given))]
-        best = sorted(range(len(given) - 1), key=lambda at: -near[at])[: self.k - 1]
-        return [[len(given) - 1, *best]] * len(keys)
+        return [[len(given) - 1, *ranked(near[:-1])]] * len(keys)
 
 
 class LessIsMore(Tidal):
@@ -93,11 +129,11 @@ class LessIsMore(Tidal):
         n, most = keys.shape[1], self.k - self.k // 4
         last = self.k - most - 4
         middle = set(range(4, n - last))
-        ranked = [
+        by_head = [
             [place for place in head if place in middle] for head in top_tokens(queries, keys, n, True, self.kernel)
         ]
         union: list[int] = []
-        for of_all_heads in zip(*ranked, strict=True):
+        for of_all_heads in zip(*by_head, strict=True):
             for place in of_all_heads:
                 if place not in union and len(union) < most:
                     union.append(place)
@@ -130,15 +166,10 @@ class Recycled:
         the others are pinned."""
         if not self.window:
             return
-        n, reach = keys.shape[1], self.kernel // 2
-        before, self.lists[layer], self.pins[layer] = n - self.window, [], []
-        for group, head in zip(queries, keys, strict=True):
-            votes = torch.zeros(len(group), before)
-            for position in range(before, n):
-                votes = votes.maximum((group[:, position] @ head[: position + 1].T).softmax(-1)[:, :before])
-            near = [float(votes[:, max(0, at - reach) : at + reach + 1].max()) for at in range(before)]
-            best = sorted(range(before), key=lambda at: -near[at])[: self.k - self.window]
-            self.lists[layer].append([*best, *range(before, n)])
+        n, self.lists[layer], self.pins[layer] = keys.shape[1], [], []
+        for votes in votes_of_window(queries, keys, self.window, self.kernel):
+            best = ranked(votes)
+            self.lists[layer].append([*best[: self.k - self.window], *range(n - self.window, n)])
             self.pins[layer].append(best[: self.pinned])
         self.queries[layer] = queries[:, :, -1]
 
@@ -155,9 +186,9 @@ class Recycled:
             chosen = top_tokens(queries, keys, keys.shape[1], True, self.kernel)  # all, best first behind the newest
             pins = self.pins.get(layer, [[]] * len(chosen))
             self.lists[layer], self.queries[layer] = [], queries
-            for ranked, pinned in zip(chosen, pins, strict=True):
-                others = [place for place in ranked[1:] if place not in pinned]
-                self.lists[layer].append([ranked[0], *pinned, *others][: self.k])
+            for listed, pinned in zip(chosen, pins, strict=True):
+                others = [place for place in listed[1:] if place not in pinned]
+                self.lists[layer].append([listed[0], *pinned, *others][: self.k])
             return everything(keys)
         n, seen = keys.shape[1], []
         for head, listed in enumerate(self.lists[layer]):
