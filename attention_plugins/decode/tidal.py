@@ -119,8 +119,8 @@ class Tidal(Selector):
     head with its number, as in the paper's code (which keeps one for each query head). The newest token is always among
     the chosen. Scores aren't pooled unless `kernel` says so: in a list of all heads a token's neighbours push out what
     few of them look for. A share `pinned` of a list is kept for what the prompt's last `window` queries chose, as by
-    SnapKV's vote, of all layers and heads that read it the one that votes strongest (0 of either is the paper's, for
-    which two selecting layers of a small model are too few). Four of the model's layers read everything, so the saving
+    SnapKV's vote, of all layers and heads that read it the one that votes strongest (0, the default, is the paper's;
+    what more does to answers is not measured yet). Four of the model's layers read everything, so the saving
     has an end: a model of 32 layers can't gain more than a factor of eight. Layers have to hold the same tokens, so it
     goes with no policy; with tensor parallel, the heads of one GPU have a list together.
 
@@ -146,7 +146,7 @@ class Tidal(Selector):
             le=256,
             description="Last queries of the prompt that choose what is pinned, at most `tokens` / 4.",
         )
-        pinned: float = Field(MOST, ge=0, le=MOST, description="Share of `tokens` that is kept for what these chose.")
+        pinned: float = Field(0.0, ge=0, le=MOST, description="Share of `tokens` that is kept for what these chose.")
         kernel: Odd = pooled(1)
         heads: Literal["shared", "own"] = Field(
             "shared", description="Whether all KV heads of a layer read one list, or each that of its number."

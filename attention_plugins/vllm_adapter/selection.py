@@ -101,12 +101,14 @@ class Selecting:
         reader.prepare(pages, lengths, self.caches, order.place)
         if (window := self.windows.pop(order.request_id, None)) is None:
             return
-        if window.missing or window.end != order.tokens:
+        if window.missing or window.end > order.tokens:
             raise RuntimeError(f"{window.missing} of the last queries of request {order.request_id} were not seen")
+        # Behind the prompt there may be a part of the answer: replayed after a preemption, or read whole.
+        pages = pages[..., : -(-window.end // g.page_size)]
 
         def evidence(layer: int) -> LayerEvidence:
             observed = {window.name: window.found(layer)}
-            return self.compressor.evidence(layer, pages[layer], order.tokens, observed)
+            return self.compressor.evidence(layer, pages[layer], window.end, observed)
 
         reader.open(self.reads[order.request_id], pages, evidence)
 

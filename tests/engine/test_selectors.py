@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from attention_plugins.decode.registry import selectors
 from attention_plugins.vllm_adapter import worker
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.engine
 SELECTORS: list[dict[str, Any]] = [
     {"selector": "recycled", "stride": 4, "kernel": 5, "window": 0},
     {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1, "window": 1},
-    {"selector": "tidal", "kernel": 1, "heads": "own"},
+    {"selector": "tidal", "kernel": 1, "heads": "own", "window": 0},
     {"selector": "lessismore", "kernel": 3},
     {"selector": "quest"},
     {"selector": "loki"},
@@ -66,9 +67,9 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
         {"selector": "recycled", "stride": 9, "similarity": 0.9, "check_every": 2, "window": 16},
         lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16, pinned=48),
     ),
-    (SELECTORS[2], lambda: by_hand.Tidal(96, [1], window=24, pinned=48)),
-    ({"selector": "tidal", "heads": "own", "window": 0}, lambda: by_hand.Tidal(96, [1])),
-    ({"selector": "tidal", "kernel": 3, "pinned": 0}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
+    (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
+    ({"selector": "tidal", "heads": "own", "pinned": 0.5}, lambda: by_hand.Tidal(96, [1], window=24, pinned=48)),
+    ({"selector": "tidal", "kernel": 3}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
     (
         {"selector": "tidal", "kernel": 3, "window": 12, "pinned": 0.25},
         lambda: by_hand.Tidal(96, [1], kernel=3, shared=True, window=12, pinned=24),
@@ -95,7 +96,7 @@ def test_answers_are_what_the_formulas_say(
     ("words", "reads"),
     [
         ({"selector": "recycled", "stride": 4, "kernel": 5}, lambda: by_hand.Recycled(96, 4, kernel=5)),
-        ({"selector": "tidal"}, lambda: by_hand.Tidal(96, [1], shared=True)),
+        ({"selector": "tidal", "pinned": 0.5}, lambda: by_hand.Tidal(96, [1], shared=True)),
     ],
     ids=["recycled", "tidal"],
 )
@@ -213,6 +214,24 @@ def test_a_preempted_answer_goes_on(engine: Engine, selector: dict[str, Any]) ->
     assert any(job.tokens_when_preempted > 40 for job in jobs), "nothing was preempted: the test tests nothing"
     assert all(len(job.tokens) == 260 and sum(job.steps.values()) > 200 for job in jobs)
     assert not engine.scheduler.reads._requests
+
+
+@pytest.mark.parametrize(
+    "words", [{"selector": "recycled"}, {"selector": "tidal", "pinned": 0.5}], ids=lambda words: words["selector"]
+)
+def test_what_the_prompt_chose_is_pinned_again_after_a_preemption(engine: Engine, words: dict[str, Any]) -> None:
+    """By the same queries, which are computed again, over the prompt alone."""
+    job = engine.add(Job(prompt_of(641), decode=asking(words), max_tokens=40))
+    pins = engine.runtime.selecting.readers[words["selector"]].pins
+    while len(job.tokens) < 9:
+        engine.step()
+    before, place = pins.places.clone(), engine.scheduler.reads._requests[engine.internal(job).request_id].place
+    pins.places.fill_(-7)
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    while not job.finished:
+        engine.step()
+    assert int((before[:, place] >= 0).sum()) > 0
+    assert torch.equal(pins.places[:, place], before[:, place])
 
 
 def test_answers_of_selectors_are_not_shared(engine: Engine) -> None:

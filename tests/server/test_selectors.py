@@ -31,8 +31,8 @@ def test_a_checked_selector_names_every_argument() -> None:
     assert desk().check({"selector": "dense"}) == {"selector": "dense"}
     words = desk().check({"selector": "recycled", "tokens": 512})
     assert words == {
-        "selector": "recycled", "tokens": 512, "min_context": 12288, "kernel": 21, "window": 32, "pinned": 0.5, "stride": 50,
-        "similarity": 0.0, "check_every": 5,
+        "selector": "recycled", "tokens": 512, "min_context": 12288, "kernel": 21, "window": 32,
+        "pinned": 0.5, "stride": 50, "similarity": 0.0, "check_every": 5,
     }  # fmt: skip
     assert desk().check(words) == words
 
