@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
-from attention_plugins.decode.pins import MOST, WINDOW, Pins
+from attention_plugins.decode.pins import MOST, Pins
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.decode.schedule import Read
 from kvcache.evidence import LayerEvidence, dequantise
 from kvcache.scorers import window_votes
 from kvcache.selection import keep_top
+
+WINDOW = 32
+"""As SnapKV's here."""
 
 
 class RecycledReader(Reader):
@@ -37,14 +40,14 @@ class RecycledReader(Reader):
             g.num_layers, place.states, g.num_kv_heads * place.group * g.head_dim, dtype=torch.float32
         )
         self.logits = zeros(place.rows, g.num_kv_heads, width, dtype=torch.float32)
-        self.pins = Pins(place, g.num_layers)
+        self.pins = Pins(place)
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
         g, width = place.geometry, place.tokens + 1
         by_state = g.num_layers * g.num_kv_heads * 4 * (width + 1 + place.group * g.head_dim)
         by_row = g.num_kv_heads * 4 * width
-        return place.states * by_state + place.rows * by_row + Pins.nbytes(place, g.num_layers)
+        return place.states * by_state + place.rows * by_row + Pins.nbytes(place)
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         self.pins.clear(state)

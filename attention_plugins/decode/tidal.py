@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from attention_plugins.decode.base import KERNEL, ListArgs, Place, Reader, Selector, pooled, shortest
-from attention_plugins.decode.pins import MOST, WINDOW, Pins
+from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, pooled, shortest
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
-from attention_plugins.decode.schedule import Read
-from kvcache.evidence import LayerEvidence
 from kvcache.method import Odd
-from kvcache.scorers import window_votes
 
 FIRST_SELECTION = 2
 """Layers before it read everything."""
@@ -51,33 +46,12 @@ class TidalReader(Reader):
         self.chosen, self.counts = zeros(place.rows, heads, place.tokens), zeros(place.rows, heads)
         self.slots = zeros(place.rows, g.num_kv_heads, place.tokens)
         self.own = torch.arange(place.rows, dtype=torch.int32, device=place.device)
-        self.pins = Pins(place, len(self.selecting) if self.per_head else 0)
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
         g = place.geometry
         heads = g.num_kv_heads if cls.per_head else 1
-        pins = Pins.nbytes(place, len(selection_layers(place, cls.name)) if cls.per_head else 0)
-        return 4 * place.rows * ((heads + g.num_kv_heads) * place.tokens + heads + 1) + pins
-
-    def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
-        self.pins.clear(state)
-
-    def open(self, read: Read, pages: torch.Tensor, evidence: Callable[[int], LayerEvidence]) -> None:
-        """Pin for each list the tokens that some layer which reads it gives most to."""
-        for group, first in enumerate(self.selecting):
-            end = [*self.selecting, len(pages)][group + 1]
-            most: torch.Tensor | None = None
-            for layer in range(min(first + 1, end - 1), end):
-                votes = window_votes(
-                    evidence(layer), pooling="max", kernel=KERNEL, group_reduce="max", window_reduce="max"
-                )
-                votes = votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
-                most = votes if most is None else most.maximum(votes)
-            assert most is not None
-            if read.threshold:
-                most = most.amax(0, keepdim=True).expand_as(most).contiguous()
-            self.pins.choose(group, read.place, most, read.pinned)
+        return 4 * place.rows * ((heads + g.num_kv_heads) * place.tokens + heads + 1)
 
     def whole(self, modes: Mode) -> int:
         return int(bool(modes & Mode.DENSE))
@@ -104,7 +78,6 @@ class TidalReader(Reader):
     def select(self, scores: torch.Tensor, rows: DecodeRows, cache: LayerCache) -> None:
         """Choose from the layer's scores what the layers behind it read."""
         n = len(rows)
-        self.pins.raise_scores(scores, rows, self.selecting.index(cache.layer))
         chosen, counts, own = self.chosen[:n], self.counts[:n], self.own[:n]
         self.ops.top_slots(chosen, counts, scores, rows, cache, Mode.SELECT, into=own, as_places=True)
 
@@ -118,16 +91,13 @@ class Tidal(Selector):
     third head of one layer has nothing to do with the third of another. With `heads` "own" each has the list of the
     head with its number, as in the paper's code (which keeps one for each query head). The newest token is always among
     the chosen. Scores aren't pooled unless `kernel` says so: in a list of all heads a token's neighbours push out what
-    few of them look for. A share `pinned` of a list is kept for what the prompt's last `window` queries chose, as by
-    SnapKV's vote, of all layers and heads that read it the one that votes strongest (0, the default, is the paper's;
-    what more does to answers is not measured yet). Four of the model's layers read everything, so the saving
-    has an end: a model of 32 layers can't gain more than a factor of eight. Layers have to hold the same tokens, so it
-    goes with no policy; with tensor parallel, the heads of one GPU have a list together.
+    few of them look for. Four of the model's layers read everything, so the saving has an end: a model of 32 layers
+    can't gain more than a factor of eight. Layers have to hold the same tokens, so it goes with no policy; with tensor
+    parallel, the heads of one GPU have a list together.
 
     Formula:
-        at layers 2 and c the pinned tokens, and of the others those with the highest sum over KV heads of max over the
-        group of softmax(q k_j / sqrt d); pinned are, at the prompt's end, those with the highest max over the layers
-        that read the list, heads, window and 21 tokens around j of softmax(q k_j / sqrt d).
+        at layers 2 and c the K tokens with the highest sum over KV heads of max over the group of
+        softmax(q k_j / sqrt d).
     """
 
     name = "tidal"
@@ -135,32 +105,15 @@ class Tidal(Selector):
     paper = "arXiv 2410.05076"
     reader = TidalReader
     with_policies = False
-    keeps_state = True
-    prepares = True
 
     class Args(ListArgs):
         min_context: int = shortest(8192)
-        window: int = Field(
-            WINDOW,
-            ge=0,
-            le=256,
-            description="Last queries of the prompt that choose what is pinned, at most `tokens` / 4.",
-        )
-        pinned: float = Field(0.0, ge=0, le=MOST, description="Share of `tokens` that is kept for what these chose.")
         kernel: Odd = pooled(1)
         heads: Literal["shared", "own"] = Field(
             "shared", description="Whether all KV heads of a layer read one list, or each that of its number."
         )
 
     args: Args
-
-    @property
-    def window(self) -> int:
-        return min(self.args.window, self.args.tokens // 4) if self.args.pinned else 0
-
-    @property
-    def pinned(self) -> int:
-        return int(self.args.tokens * self.args.pinned) if self.window else 0
 
     @property
     def threshold(self) -> float:

@@ -247,7 +247,5 @@ def window_votes_paged(
 
 def warm_up(evidence: PagedEvidence) -> None:
     """Compile every kernel that requests may ask for; any evidence of the running cache will do."""
-    for window_reduce in ("mean", "max"):
-        votes = window_probabilities_paged(evidence, window_reduce)
-    for pooling, group_reduce in product(("avg", "max"), ("mean", "max", "sum")):
-        pool_votes(votes, evidence.shape[0], pooling=pooling, kernel=3, group_reduce=group_reduce)
+    for window_reduce, pooling, group_reduce in product(("mean", "max"), ("avg", "max"), ("mean", "max", "sum")):
+        window_votes_paged(evidence, pooling=pooling, kernel=3, group_reduce=group_reduce, window_reduce=window_reduce)

@@ -13,7 +13,7 @@ from attention_plugins.decode.schedule import Read, ReadSchedule
 
 PAGE = 16
 NAMES = ["recycled", "tidal", "lessismore", "quest", "loki", "local"]
-KEEPING, PREPARING = {"recycled", "tidal", "local"}, {"recycled", "tidal", "quest", "loki", "local"}
+KEEPING, PREPARING = {"recycled", "local"}, {"recycled", "quest", "loki", "local"}
 
 
 def asking(name: str, **words: Any) -> Any:

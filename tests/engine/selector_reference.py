@@ -82,46 +82,26 @@ def ranked(scores: list[float]) -> list[int]:
 
 
 class Tidal:
-    """`selecting` layers choose, layers before the first read everything; of what the prompt's window gives in the
-    layers that read a list, the first are pinned to it."""
+    """`selecting` layers choose, layers before the first read everything."""
 
-    def __init__(
-        self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False, window: int = 0, pinned: int = 0
-    ) -> None:
+    def __init__(self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False) -> None:
         self.k, self.selecting, self.kernel, self.shared = k, selecting, kernel, shared
-        self.window, self.pinned = window, pinned
         self.chosen: list[list[int]] = []
-        self.votes: dict[int, list[list[float]]] = {}
-
-    def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        if self.window:
-            self.votes[layer] = votes_of_window(queries, keys, self.window, 21)
-
-    def pins(self, layer: int, heads: int) -> list[list[int]]:
-        if not self.window:
-            return [[]] * heads
-        end = min([later for later in self.selecting if later > layer], default=max(self.votes) + 1)
-        votes = torch.tensor([self.votes[reader] for reader in range(min(layer + 1, end - 1), end)]).amax(0)
-        votes = votes.amax(0, keepdim=True).expand_as(votes) if self.shared else votes
-        return [ranked(head)[: self.pinned] for head in votes.tolist()]
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer in self.selecting:
-            chosen = self.choose(queries, keys)
-            self.chosen = [
-                [*listed[:1], *first, *(at for at in listed[1:] if at not in first)][: self.k]
-                for listed, first in zip(chosen, self.pins(layer, len(keys)), strict=True)
-            ]
+            self.chosen = self.choose(queries, keys)
         if layer in self.selecting or layer < self.selecting[0]:
             return everything(keys)
         return mask_of(self.chosen, keys.shape[1])
 
     def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
         if not self.shared:
-            return top_tokens(queries, keys, keys.shape[1], True, self.kernel)
+            return top_tokens(queries, keys, self.k, True, self.kernel)
         given = (queries @ keys.transpose(1, 2)).softmax(-1).amax(1).sum(0).tolist()
         near = [max(given[max(0, at - self.kernel // 2) : at + self.kernel // 2 + 1]) for at in range(len(given))]
-        return [[len(given) - 1, *ranked(near[:-1])]] * len(keys)
+        best = sorted(range(len(given) - 1), key=lambda at: -near[at])[: self.k - 1]
+        return [[len(given) - 1, *best]] * len(keys)
 
 
 class LessIsMore(Tidal):

@@ -262,15 +262,7 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
     assert (seen["a"]["policy"], seen["bb"]["policy"]) == ("none", "random")
 
 
-TIDAL = {
-    "selector": "tidal",
-    "tokens": 512,
-    "min_context": 8192,
-    "kernel": 1,
-    "window": 32,
-    "pinned": 0.0,
-    "heads": "shared",
-}
+TIDAL = {"selector": "tidal", "tokens": 512, "min_context": 8192, "kernel": 1, "heads": "shared"}
 ONE_STEP = {**TIDAL, "steps": {"select": 1}}
 
 
