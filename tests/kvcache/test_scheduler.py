@@ -110,7 +110,8 @@ def test_answers_are_read_by_their_selector() -> None:
     scheduler = Reading(RECYCLED)
     for context, scheduled in ((60, 60), (99, 39), (100, 1)):
         assert not scheduler.step(context, scheduled)
-    assert scheduler.step(101).reads == {"r": Read("r", "recycled", Mode.SELECT, 101, 32, 0.0, 0, 10)}
+    first = Read("r", "recycled", Mode.SELECT, 101, 32, 0.0, 0, pooling=10, pinned=16, prepare=True)
+    assert scheduler.step(101).reads == {"r": first}
     assert scheduler.modes(range(102, 104)) == [Mode.REUSE] * 2
     assert scheduler.kv_blocks.own_answers == {"r": 100}
 
