@@ -103,6 +103,11 @@ class Selector(Method):
         return 0
 
     @property
+    def wants_state(self) -> bool:
+        """Whether this request needs one of the states, of which there are few."""
+        return self.keeps_state
+
+    @property
     def pinned(self) -> int:
         """How many of the tokens that these queries choose stay on its lists."""
         return 0

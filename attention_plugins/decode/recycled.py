@@ -11,15 +11,11 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from attention_plugins.decode.base import ListArgs, Place, Reader, Selector, shortest
-from attention_plugins.decode.pins import MOST, Pins
+from attention_plugins.decode.pins import MOST, WINDOW, Pins, prompt_votes
 from attention_plugins.decode.rows import DecodeRows, LayerCache, Mode
 from attention_plugins.decode.schedule import Read
 from kvcache.evidence import LayerEvidence, dequantise
-from kvcache.scorers import window_votes
 from kvcache.selection import keep_top
-
-WINDOW = 32
-"""As SnapKV's here."""
 
 
 class RecycledReader(Reader):
@@ -40,14 +36,14 @@ class RecycledReader(Reader):
             g.num_layers, place.states, g.num_kv_heads * place.group * g.head_dim, dtype=torch.float32
         )
         self.logits = zeros(place.rows, g.num_kv_heads, width, dtype=torch.float32)
-        self.pins = Pins(place)
+        self.pins = Pins(place, g.num_layers)
 
     @classmethod
     def nbytes(cls, place: Place) -> int:
         g, width = place.geometry, place.tokens + 1
         by_state = g.num_layers * g.num_kv_heads * 4 * (width + 1 + place.group * g.head_dim)
         by_row = g.num_kv_heads * 4 * width
-        return place.states * by_state + place.rows * by_row + Pins.nbytes(place)
+        return place.states * by_state + place.rows * by_row + Pins.nbytes(place, g.num_layers)
 
     def prepare(self, pages: torch.Tensor, lengths: torch.Tensor, caches: list[LayerCache], state: int) -> None:
         self.pins.clear(state)
@@ -56,11 +52,8 @@ class RecycledReader(Reader):
         size = self.place.geometry.page_size
         for layer, table in enumerate(pages):
             prompt = evidence(layer)
-            votes = window_votes(
-                prompt, pooling="max", kernel=2 * read.pooling + 1, group_reduce="max", window_reduce="max"
-            )
             heads, n, _ = prompt.shape
-            votes = votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
+            votes = prompt_votes(prompt, 2 * read.pooling + 1)
             self.pins.choose(layer, read.place, votes, read.pinned)
             scores = F.pad(votes, (0, n - votes.shape[-1]), value=float("inf"))  # the window itself is on the list
             places = keep_top(scores, torch.full((heads,), read.tokens))

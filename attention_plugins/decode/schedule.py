@@ -173,7 +173,7 @@ class ReadSchedule:
         needed = -(-context // self.page_size) * self.page_size
         if needed > self._left or not self._rows_left:
             return False
-        if request.selector.keeps_state and request.place is None:
+        if request.selector.wants_state and request.place is None:
             if not self._free:
                 return False
             request.place = self._free.pop()

@@ -74,7 +74,20 @@ def _bounds_of(
 
 
 @triton.jit
-def _score(out, bound, each, weights, first, last, GROUP: tl.constexpr, MAX: tl.constexpr, PAGES: tl.constexpr):
+def _pinned_of(pins, first, last, PINS: tl.constexpr, PAGES: tl.constexpr):
+    """Which of a program's pages are pinned, by the bits of its row and head: 0 or 1, [PAGES]."""
+    number = first + tl.arange(0, PAGES)
+    bits = tl.zeros([PAGES], tl.int32)
+    if PINS:
+        bits = tl.load(pins + number // 8, mask=number < last, other=0).to(tl.int32) >> (number % 8) & 1
+    return bits
+
+
+@triton.jit
+def _score(
+    out, bound, pinned, each, weights, first, last,
+    GROUP: tl.constexpr, MAX: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
     number, bound = first + tl.arange(0, PAGES), bound.to(tl.float32)
     if MAX:
         GROUP_2: tl.constexpr = each.shape[0]
@@ -85,16 +98,16 @@ def _score(out, bound, each, weights, first, last, GROUP: tl.constexpr, MAX: tl.
             score = tl.maximum(score, nan_first(tl.sum(bound * weights, 1)))
     else:
         score = nan_first(tl.sum(bound * weights, 1))
-    tl.store(out + number, score, mask=number < last)
+    tl.store(out + number, tl.where(pinned != 0, float("inf"), score), mask=number < last)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _page_scores(
     table, layer, modes, want, starts, queries, queries_stride, contents, key_factor, bounds, scores, scores_stride,
-    factor,
+    factor, pins, pins_stride, places,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
-    MAX: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    MAX: tl.constexpr, PINS: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A page's smallest elements and its largest ones are one row of numbers. So are what they are multiplied with: a
     query's elements where they are negative, then those that are positive. Added over the group beforehand, for a sum.
@@ -106,9 +119,14 @@ def _page_scores(
     length, row = open_row(table, layer, request, head, LAYERS, HEADS, PAGE)
     last = (tl.where((mode & want) != 0, length, 0) + PAGE - 1) // PAGE - 1
     out = scores + head.to(tl.int64) * scores_stride + tl.load(starts + request) // PAGE
-    first = tl.maximum(program, 0) * PAGES
-    # The kernel before writes neither tables nor bounds of pages that have a later one: they may be read this soon.
-    bound = _bounds_of(bounds, table, row, first, tl.where(program < 0, 0, last), HEADS, DIM, DIM_2, PAGES)
+    first, scored = tl.maximum(program, 0) * PAGES, tl.where(program < 0, 0, last)
+    # The kernel before writes no tables, pins, or bounds of pages that have a later one: they may be read this soon.
+    bound = _bounds_of(bounds, table, row, first, scored, HEADS, DIM, DIM_2, PAGES)
+    marked, own = last, pins
+    if PINS:
+        place = tl.load(places + request)
+        marked, own = tl.where(place < 0, 0, scored), pins + (place * HEADS + head).to(tl.int64) * pins_stride
+    pinned = _pinned_of(own, first, marked, PINS, PAGES)
     after_previous(PDL)
     if program < 0:
         if last >= 0:
@@ -123,11 +141,12 @@ def _page_scores(
     q = q.to(tl.float32) * factor
     each = tl.where(large, tl.where(q < 0.0, 0.0, q), tl.where(q > 0.0, 0.0, q))
     weights = tl.sum(each, 0)
-    _score(out, bound, each, weights, first, last, GROUP, MAX, PAGES)
+    _score(out, bound, pinned, each, weights, first, last, GROUP, MAX, PAGES)
     stride = (tl.num_programs(2) - 1) * PAGES
     for later in tl.range(first + stride, last, stride, num_stages=STAGES):
         bound = _bounds_of(bounds, table, row, later, last, HEADS, DIM, DIM_2, PAGES)
-        _score(out, bound, each, weights, later, last, GROUP, MAX, PAGES)
+        pinned = _pinned_of(own, later, marked, PINS, PAGES)
+        _score(out, bound, pinned, each, weights, later, last, GROUP, MAX, PAGES)
 
 
 def _programs_each(n: int, num_kv_heads: int, chunks: int) -> int:
@@ -142,14 +161,16 @@ def page_scores(
     queries: torch.Tensor,
     want: int,
     reduce: Literal["sum", "max"] = "sum",
+    pins: torch.Tensor | None = None,
 ) -> None:
-    """See `attention_plugins.naive.page_scores`; `bounds` is contiguous."""
+    """See `attention_plugins.naive.page_scores`; `bounds` and `pins` are contiguous."""
     shape, contents, (queries, factor, widths) = table_shape(rows), contents_of(cache), typed_queries(cache, queries)
     chunks = triton.cdiv(min(scores.shape[1], rows.block_table.shape[1]), _PAGES)
     _page_scores[(len(rows), shape["HEADS"], 1 + _programs_each(len(rows), shape["HEADS"], chunks))](
         table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0),
         contents, cache.quant.key if contents.element_size() == 1 else 1.0, bounds, scores, scores.stride(0), factor,
+        rows.modes if pins is None else pins, 0 if pins is None else pins.stride(1), rows.places,
         **shape, GROUP=widths["GROUP"], GROUP_2=triton.next_power_of_2(widths["GROUP"]), DIM=widths["DIM"],
-        DIM_2=widths["DIM_2"], MAX=reduce == "max", PAGES=_PAGES, STAGES=_STAGES, num_warps=_WARPS,
-        **overlapping(bounds.device),
+        DIM_2=widths["DIM_2"], MAX=reduce == "max", PINS=pins is not None,
+        PAGES=_PAGES, STAGES=_STAGES, num_warps=_WARPS, **overlapping(bounds.device),
     )  # fmt: skip

@@ -77,6 +77,7 @@ def page_scores(
     queries: torch.Tensor,
     want: int,
     reduce: Literal["sum", "max"] = "sum",
+    pins: torch.Tensor | None = None,
 ) -> None:
     """Let the newest tokens' keys into the bounds of their pages, and score the pages before those: over a group's
     query heads, the sum or the largest of a page's greatest possible products with the query. They aren't multiplied
@@ -88,6 +89,8 @@ def page_scores(
         bounds: see `page_bounds`; a page's grow with its tokens if this is called in every step, for all modes.
         queries: [n, num_kv_heads, group, head_dim].
         want: set of `Mode`s.
+        pins: uint8 [states, num_kv_heads, bytes], which pages of each state come before all others: page p's bit is
+            bit p % 8 of byte p // 8. Rows in no state have none.
     """
     sequences, newest, real = Sequences.of(rows, cache), newest_slots(rows, cache), real_queries(cache, queries)
     for row, head in wanted_heads(rows, cache, want):
@@ -97,5 +100,10 @@ def page_scores(
         low, high = own.float().unbind(1)
         # The larger of q * low and q * high, in each dimension.
         each = real[row, head].clamp(min=0) @ high.T + real[row, head].clamp(max=0) @ low.T
+        found = nan_first(each.sum(0) if reduce == "sum" else each.amax(0))
+        if pins is not None and rows.places[row] >= 0:
+            page = torch.arange(used, device=pins.device)
+            pinned = pins[rows.places[row], head][page // 8] >> (page % 8) & 1
+            found = found.masked_fill(pinned.bool(), float("inf"))
         start = int(rows.starts[row]) // sequences.page_size
-        scores[head, start : start + used] = nan_first(each.sum(0) if reduce == "sum" else each.amax(0))
+        scores[head, start : start + used] = found

@@ -13,7 +13,7 @@ from attention_plugins.decode.schedule import Read, ReadSchedule
 
 PAGE = 16
 NAMES = ["recycled", "tidal", "lessismore", "quest", "loki", "local"]
-KEEPING, PREPARING = {"recycled", "local"}, {"recycled", "quest", "loki", "local"}
+KEEPING, PREPARING = {"recycled", "tidal", "quest", "local"}, {"recycled", "tidal", "quest", "loki", "local"}
 
 
 def asking(name: str, **words: Any) -> Any:
@@ -98,9 +98,9 @@ def test_a_read_says_all_that_workers_need() -> None:
     schedule.start("l", asking("local", tokens=128, share=0.25))
     schedule.start("q", asking("quest"))
     assert schedule.step({"q": 300, "l": 400, "r": 500}) == {
-        "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.0, -1, prepare=True),
-        "l": Read("l", "local", Mode.SELECT, 400, 128, 0.25, 0, prepare=True),
-        "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 1, 10, 48, prepare=True),
+        "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.0, 0, pinned=32, prepare=True),
+        "l": Read("l", "local", Mode.SELECT, 400, 128, 0.25, 1, prepare=True),
+        "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 2, 10, 48, prepare=True),
     }
 
 
@@ -126,7 +126,7 @@ def test_what_was_selected_is_lost(forget: str) -> None:
     elif forget == "dense":
         assert schedule.step({"a": 64}) == {}
     else:
-        schedule.start("q", asking("quest"))  # which takes the only row
+        schedule.start("q", asking("loki"))  # which takes the only row
         assert set(schedule.step({"q": 100, "a": 103})) == {"q"}
     assert modes(schedule, 2, 104) == [Mode.SELECT, Mode.REUSE]
 
@@ -150,7 +150,7 @@ def test_caches_are_shown_once(name: str) -> None:
 def test_states_run_out() -> None:
     """A state is kept until its request ends, preempted or not; requests that need one wait for it, others don't."""
     schedule = Schedule("abc", states=2, selector="local")
-    schedule.start("q", asking("quest"))
+    schedule.start("q", asking("quest", pinned=0))
     first = schedule.step({"a": 100})
     assert first["a"].place == 0
     assert schedule.step({"b": 100})["b"].place == 1
@@ -183,9 +183,18 @@ def test_states_are_for_selectors_that_keep_some(name: str) -> None:
     assert places == ([0, 1, 2] if name in KEEPING else [-1, -1, -1])
 
 
+@pytest.mark.parametrize("words", [{"pinned": 0}, {"window": 0}])
+@pytest.mark.parametrize("name", ["tidal", "quest"])
+def test_who_pins_nothing_needs_no_state(name: str, words: dict[str, Any]) -> None:
+    schedule = Schedule("")
+    schedule.start("a", asking(name, **words))
+    schedule.start("b", asking(name))
+    assert [read.place for read in schedule.step({"a": 100, "b": 100}).values()] == [-1, 0]
+
+
 def test_rows_run_out() -> None:
     """In each step anew; rows that are read whole take none."""
-    schedule = Schedule("abcd", "quest", states=2)
+    schedule = Schedule("abcd", "loki", states=2)
     schedule.start("short", asking("quest"))
     assert schedule.step({"short": 40, **dict.fromkeys("abcd", 100)}).keys() == {"a", "b"}
     assert schedule.step(dict.fromkeys("dcba", 101)).keys() == {"d", "c"}

@@ -35,8 +35,20 @@ def top_tokens(
 
 
 class Quest:
-    def __init__(self, k: int, page: int) -> None:
-        self.k, self.page = k, page
+    """Pages by their bounds; behind the prompt's those that its window chose, its own first."""
+
+    def __init__(self, k: int, page: int, window: int = 0, pinned: int = 0) -> None:
+        self.k, self.page, self.window, self.pinned = k, page, window, pinned
+        self.pins: dict[int, list[list[int]]] = {}
+
+    def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        if not self.window:
+            return
+        n, self.pins[layer] = keys.shape[1], []
+        for votes in votes_of_window(queries, keys, self.window, 21):
+            given = [*votes, *[math.inf] * self.window]
+            of_pages = [max(given[start : start + self.page]) for start in range(0, n, self.page)]
+            self.pins[layer].append(ranked(of_pages)[: self.pinned])
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer < 2:
@@ -44,13 +56,15 @@ class Quest:
         n, chosen = keys.shape[1], []
         size = self.page
         pages = [list(range(start, min(start + size, n))) for start in range(0, n, size)]
-        for group, head in zip(queries, keys, strict=True):
+        pins = self.pins.get(layer, [[]] * len(keys))
+        for group, head, pinned in zip(queries, keys, pins, strict=True):
             bounds = []
             for page in pages[:-1]:
                 keys = head[page].to(torch.float8_e4m3fn).float()
                 low, high = keys.amin(0), keys.amax(0)
                 bounds.append(sum(float(torch.maximum(q * low, q * high).sum()) for q in group))
-            best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[: math.ceil(self.k / size) - 1]
+            order = [*(page for page in pinned if page < len(bounds)), *ranked(bounds)]
+            best = list(dict.fromkeys(order))[: math.ceil(self.k / size) - 1]
             chosen.append(sum((pages[page] for page in best), pages[-1]))
         return mask_of(chosen, n)
 
@@ -82,26 +96,46 @@ def ranked(scores: list[float]) -> list[int]:
 
 
 class Tidal:
-    """`selecting` layers choose, layers before the first read everything."""
+    """`selecting` layers choose, layers before the first read everything; of what the prompt's window gives in the
+    layers that read a list, the first are pinned to it."""
 
-    def __init__(self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False) -> None:
+    def __init__(
+        self, k: int, selecting: list[int], kernel: int = 1, shared: bool = False, window: int = 0, pinned: int = 0
+    ) -> None:
         self.k, self.selecting, self.kernel, self.shared = k, selecting, kernel, shared
+        self.window, self.pinned = window, pinned
         self.chosen: list[list[int]] = []
+        self.votes: dict[int, list[list[float]]] = {}
+
+    def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        if self.window:
+            self.votes[layer] = votes_of_window(queries, keys, self.window, 21)
+
+    def pins(self, layer: int, heads: int) -> list[list[int]]:
+        if not self.window:
+            return [[]] * heads
+        end = min([later for later in self.selecting if later > layer], default=max(self.votes) + 1)
+        votes = torch.tensor([self.votes[reader] for reader in range(min(layer + 1, end - 1), end)]).amax(0)
+        votes = votes.amax(0, keepdim=True).expand_as(votes) if self.shared else votes
+        return [ranked(head)[: self.pinned] for head in votes.tolist()]
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if layer in self.selecting:
-            self.chosen = self.choose(queries, keys)
+            chosen = self.choose(queries, keys)
+            self.chosen = [
+                [*listed[:1], *first, *(at for at in listed[1:] if at not in first)][: self.k]
+                for listed, first in zip(chosen, self.pins(layer, len(keys)), strict=True)
+            ]
         if layer in self.selecting or layer < self.selecting[0]:
             return everything(keys)
         return mask_of(self.chosen, keys.shape[1])
 
     def choose(self, queries: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
         if not self.shared:
-            return top_tokens(queries, keys, self.k, True, self.kernel)
+            return top_tokens(queries, keys, keys.shape[1], True, self.kernel)
         given = (queries @ keys.transpose(1, 2)).softmax(-1).amax(1).sum(0).tolist()
         near = [max(given[max(0, at - self.kernel // 2) : at + self.kernel // 2 + 1]) for at in range(len(given))]
-        best = sorted(range(len(given) - 1), key=lambda at: -near[at])[: self.k - 1]
-        return [[len(given) - 1, *best]] * len(keys)
+        return [[len(given) - 1, *ranked(near[:-1])]] * len(keys)
 
 
 class LessIsMore(Tidal):

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.engine
 SELECTORS: list[dict[str, Any]] = [
     {"selector": "recycled", "stride": 4, "kernel": 5, "window": 0},
     {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1, "window": 1},
-    {"selector": "tidal", "kernel": 1, "heads": "own"},
+    {"selector": "tidal", "kernel": 1, "heads": "own", "window": 0},
     {"selector": "lessismore", "kernel": 3},
-    {"selector": "quest"},
+    {"selector": "quest", "window": 0},
     {"selector": "loki"},
     {"selector": "local", "share": 0.02},
 ]
@@ -68,9 +68,19 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
         lambda: by_hand.Recycled(96, 9, 0.9, 2, kernel=21, window=16, pinned=48),
     ),
     (SELECTORS[2], lambda: by_hand.Tidal(96, [1])),
-    ({"selector": "tidal", "kernel": 3}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
+    ({"selector": "tidal", "heads": "own"}, lambda: by_hand.Tidal(96, [1], window=24, pinned=48)),
+    ({"selector": "tidal", "kernel": 3, "pinned": 0}, lambda: by_hand.Tidal(96, [1], kernel=3, shared=True)),
+    (
+        {"selector": "tidal", "kernel": 3, "window": 12, "pinned": 0.25},
+        lambda: by_hand.Tidal(96, [1], kernel=3, shared=True, window=12, pinned=24),
+    ),
     (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1], kernel=3)),
     (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
+    ({"selector": "quest", "tokens": 224}, lambda: by_hand.Quest(224, PAGE, window=32, pinned=3)),
+    (
+        {"selector": "quest", "tokens": 288, "window": 5, "pinned": 0.25},
+        lambda: by_hand.Quest(288, PAGE, window=5, pinned=2),
+    ),
     (SELECTORS[5], lambda: by_hand.Loki(96)),
     (SELECTORS[6], lambda: by_hand.Local(96, 0.02, PAGE)),
 ]
@@ -87,13 +97,23 @@ def test_answers_are_what_the_formulas_say(
     assert job.tokens == reference.greedy_reading(job.prompt, 24, reads())
 
 
-def test_what_one_prompt_chose_is_pinned_for_no_other(engine: Engine, reference: Reference) -> None:
-    """The next request has its place, and chooses by its first step, as the paper does."""
-    words: dict[str, Any] = {"selector": "recycled", "stride": 4, "kernel": 5}
-    (first,) = engine.run([Job(prompt_of(640, 1), decode=asking(words), max_tokens=12)])
+@pytest.mark.parametrize(
+    ("words", "reads"),
+    [
+        ({"selector": "recycled", "stride": 4, "kernel": 5}, lambda: by_hand.Recycled(96, 4, kernel=5)),
+        ({"selector": "tidal"}, lambda: by_hand.Tidal(96, [1], shared=True)),
+        ({"selector": "quest"}, lambda: by_hand.Quest(96, PAGE)),
+    ],
+    ids=["recycled", "tidal", "quest"],
+)
+def test_what_one_prompt_chose_is_pinned_for_no_other(
+    engine: Engine, reference: Reference, words: dict[str, Any], reads: Callable[[], Reads]
+) -> None:
+    """The next request has its place, and chooses step by step alone, as the papers do."""
+    engine.run([Job(prompt_of(640, 1), decode=asking(words), max_tokens=12)])
     (job,) = engine.run([Job(prompt_of(650), decode=asking(words, window=0), max_tokens=24)])
-    assert first.steps["reuse"] and job.steps["select"] == 6
-    assert job.tokens == reference.greedy_reading(job.prompt, 24, by_hand.Recycled(96, 4, kernel=5))
+    assert job.steps["select"] > 1
+    assert job.tokens == reference.greedy_reading(job.prompt, 24, reads())
 
 
 def test_a_stride_of_one_is_dense(engine: Engine) -> None:
@@ -202,19 +222,24 @@ def test_a_preempted_answer_goes_on(engine: Engine, selector: dict[str, Any]) ->
     assert not engine.scheduler.reads._requests
 
 
-def test_what_the_prompt_chose_is_pinned_again_after_a_preemption(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [{"selector": "recycled"}, {"selector": "tidal"}, {"selector": "quest", "tokens": 224}],
+    ids=lambda words: words["selector"],
+)
+def test_what_the_prompt_chose_is_pinned_again_after_a_preemption(engine: Engine, words: dict[str, Any]) -> None:
     """By the same queries, which are computed again, over the prompt alone."""
-    job = engine.add(Job(prompt_of(641), decode=asking({"selector": "recycled"}), max_tokens=40))
-    pins = engine.runtime.selecting.readers["recycled"].pins
+    job = engine.add(Job(prompt_of(641), decode=asking(words), max_tokens=40))
+    (pins,) = vars(engine.runtime.selecting.readers[words["selector"]].pins).values()
     while len(job.tokens) < 9:
         engine.step()
-    before, place = pins.places.clone(), engine.scheduler.reads._requests[engine.internal(job).request_id].place
-    pins.places.fill_(-7)
+    before, place = pins.clone(), engine.scheduler.reads._requests[engine.internal(job).request_id].place
+    pins.fill_(7)
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     while not job.finished:
         engine.step()
-    assert int((before[:, place] >= 0).sum()) > 0
-    assert torch.equal(pins.places[:, place], before[:, place])
+    assert len(before[:, place].unique()) > 2
+    assert torch.equal(pins[:, place], before[:, place])
 
 
 def test_answers_of_selectors_are_not_shared(engine: Engine) -> None:

@@ -164,6 +164,19 @@ def test_the_golden_scores() -> None:
     assert scores.tolist() == [[1.0, 3.0, 0.0]]
 
 
+def test_the_golden_scores_with_a_pin() -> None:
+    """The first row has state 1, in which page 1 is pinned; the second has none."""
+    batch = Batch([Row(7), Row(7)], heads=1, group=1, dim=2, page=2)
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]])
+    for row in range(2):
+        batch.cache.codec.write_tokens(batch.cache.pages, batch.slots[row][0], keys, keys)
+    rows, pins = replace(batch.rows, places=torch.tensor([1, -1], dtype=torch.int32)), torch.zeros(2, 1, 1)
+    pins[:, 0, 0] = torch.tensor([0b101, 0b010])
+    bounds, scores, queries = written_bounds(batch), torch.zeros(1, 8), torch.tensor([[[[1.0, -1.0]]]] * 2)
+    naive.page_scores(scores, bounds, rows, batch.cache, queries, SELECT, pins=pins.to(torch.uint8))
+    assert scores.tolist() == [[1.0, math.inf, 0.0, 0.0, 1.0, 3.0, 0.0, 0.0]]
+
+
 def written_bounds(batch: Batch) -> torch.Tensor:
     bounds = naive.page_bounds(len(batch.cache.pages), batch.dim, batch.device)
     naive.write_bounds(bounds, batch.cache, *batch.all_pages())

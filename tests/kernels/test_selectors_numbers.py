@@ -206,6 +206,30 @@ def written_bounds(batch: Batch) -> torch.Tensor:
     return bounds
 
 
+def some_pins(batch: Batch) -> torch.Tensor:
+    """A third of all pages of two states more than there are rows."""
+    most = -(-int(batch.columns) // batch.page // 8) + 1
+    bits = torch.rand(len(batch.given) + 2, batch.heads, most, 8, generator=batch.generator) < 1 / 3
+    return (bits * 2 ** torch.arange(8)).sum(-1).to(batch.device, torch.uint8)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_pinned_pages_come_before_all_others(batch: Batch, reduce: str) -> None:
+    """By the bits of each row's state; a row in none has none."""
+    places = torch.arange(len(batch.given) + 1, 1, -1, dtype=torch.int32, device=batch.device)
+    places[2] = -1
+    rows, bounds, pins = replace(batch.rows, places=places), written_bounds(batch), some_pins(batch)
+    scores = batch.filled(UNTOUCHED, batch.heads, batch.columns // batch.page + 3, dtype=torch.float32)
+    given = rows, batch.cache, batch.queries(), SELECT, reduce
+    found, expected = both("page_scores", [scores, bounds], *given, pins=pins)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    plain = both("page_scores", [scores, bounds], *given)[0][0]
+    pinned = found[0].isinf()
+    assert torch.equal(found[0][~pinned], plain[~pinned]) and not plain.isinf().any()
+    start, last = int(rows.starts[2]) // batch.page, int(rows.starts[3]) // batch.page
+    assert int(pinned.sum()) > 10 and not pinned[:, start:last].any()
+
+
 @pytest.mark.parametrize(("reduce", "want"), [("sum", SELECT), ("max", SELECT), ("sum", EVERY)])
 def test_page_scores(batch: Batch, reduce: str, want: int) -> None:
     """The newest tokens are let into pages' bounds that don't have them yet, and the pages before them scored."""
@@ -227,6 +251,7 @@ def test_page_scores_of_several_chunks(small: Batch, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("attention_plugins.kernels.quest._PAGES", 16)
     monkeypatch.setattr("attention_plugins.kernels.quest._programs_each", lambda *_: 1)
     test_page_scores(small, "sum", SELECT)
+    test_pinned_pages_come_before_all_others(small, "sum")
 
 
 def test_another_layout_is_an_error(small: Batch) -> None:
