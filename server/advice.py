@@ -58,6 +58,7 @@ ADVICE = {
     "--decode-similarity": "Comparisons cost a little. 0.8 where the question changes within an answer.",
     "--decode-window": "Raise it where prompts end with a long question. So many tokens are no prefix hits.",
     "--decode-pinned": "Free. Lower it where answers leave the question behind, 0 for the papers' form.",
+    "--decode-spread": "Free. 1 for the paper's form, which finds less where keys turn fast.",
     "--decode-heads": "`own` is the paper's; it finds less, the more the fewer layers select.",
     "--decode-check-every": "Lower it to notice a change sooner, raise it to compare less.",
     "--decode-share": "Lower it to read less, and to lose more.",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from attention_plugins.decode.base import Place, Reader, shortest
 from attention_plugins.decode.pins import PinArgs, PinnedPages, Pinning, page_votes, prompt_votes
@@ -62,21 +63,23 @@ class QuestReader(Reader):
 
 
 class Quest(Pinning):
-    """Reads the pages whose keys could score highest, by an upper bound from each page's smallest and largest elements.
+    """Reads the pages whose keys seem to score highest, by each page's smallest and largest elements.
 
-    A share `pinned` of what it reads is kept for the pages that the prompt's last `window` queries chose by their keys,
-    as by SnapKV's vote (0 is the paper's): keys turn with their position, so that a bound says little of what is in a
-    page. The page of the newest tokens is always read, the first two layers read everything. Query heads that share a
-    KV head read the same pages: their bounds are added. A page is one of the KV cache's (16 tokens on GPUs). The bounds
-    are 8-bit floating point (e4m3), rounded to nearest, where the paper's are 16-bit: half the memory, a 32nd of a
-    16-bit cache's at that size, and half the time to read them. Nothing is ever dropped, so it is robust where the
-    question changes; weak where K is a few pages.
+    The paper takes the most that a key between these could score. Keys turn with their position, so that a page's fast
+    channels are wide whatever is in it, and never all at their ends: a share `spread` of the width says more about the
+    page's best key (1 is the paper's bound). A share `pinned` of what is read is kept for the pages that the prompt's
+    last `window` queries chose by their keys, as by SnapKV's vote (0 is the paper's). The page of the newest tokens is
+    always read, the first two layers read everything. Query heads that share a KV head read the same pages: their
+    scores are added. A page is one of the KV cache's (16 tokens on GPUs). Smallest and largest elements are 8-bit
+    floating point (e4m3), rounded to nearest, where the paper's are 16-bit: half the memory, a 32nd of a 16-bit cache's
+    at that size, and half the time to read them. Nothing is ever dropped, so it is robust where the question changes;
+    weak where K is a few pages.
 
     Formula:
-        score_p = sum over the group of sum over channels c of max(q_c * min_pc, q_c * max_pc); the newest page, the
-        pinned ones and the best others are read, tokens / page in all; pinned are, at the prompt's end, the window's
-        pages and those with the highest max over the group, the window and 21 tokens around each of the page's of
-        softmax(q k_j / sqrt d).
+        score_p = sum over the group of sum over channels c of q_c (max_pc + min_pc) / 2 + spread |q_c| (max_pc -
+        min_pc) / 2, which with a spread of 1 is max(q_c min_pc, q_c max_pc); the newest page, the pinned ones and the
+        best others are read, tokens / page in all; pinned are, at the prompt's end, the window's pages and those with
+        the highest max over the group, the window and 21 tokens around each of the page's of softmax(q k_j / sqrt d).
     """
 
     name = "quest"
@@ -87,3 +90,18 @@ class Quest(Pinning):
 
     class Args(PinArgs):
         min_context: int = shortest(12288)
+        pinned: float = Field(
+            0.75, ge=0, le=0.75, description="Share of `tokens` that is kept for what these chose, in whole pages."
+        )
+        spread: float = Field(
+            0.5,
+            ge=0,
+            le=1,
+            description="How much of the width of a page's bounds counts; 1: the paper's bound, 0: the middle alone.",
+        )
+
+    args: Args
+
+    @property
+    def threshold(self) -> float:
+        return self.args.spread

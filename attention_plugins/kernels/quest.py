@@ -104,13 +104,14 @@ def _score(
 @triton.jit(do_not_specialize=VARYING)
 def _page_scores(
     table, layer, modes, want, starts, queries, queries_stride, contents, key_factor, bounds, scores, scores_stride,
-    factor, pins, pins_stride, places,
+    factor, pins, pins_stride, places, spreads,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
     MAX: tl.constexpr, PINS: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A page's smallest elements and its largest ones are one row of numbers. So are what they are multiplied with: a
-    query's elements where they are negative, then those that are positive. Added over the group beforehand, for a sum.
+    """A page's smallest elements and its largest ones are one row of numbers. So are what they are multiplied with:
+    half of a query's elements less a share of their size, then more by it (by all of it, those that are negative, then
+    those that are positive). Added over the group beforehand, for a sum.
 
     The first program of axis 2 grows the newest page's bounds, which nobody scores; the others score.
     """
@@ -139,7 +140,8 @@ def _page_scores(
     q = queries + request.to(tl.int64) * queries_stride + (head * GROUP + member) * DIM
     q = tl.load(q + tl.where(large, channel - DIM, channel), mask=(member < GROUP) & real, other=0.0)
     q = q.to(tl.float32) * factor
-    each = tl.where(large, tl.where(q < 0.0, 0.0, q), tl.where(q > 0.0, 0.0, q))
+    wider = tl.load(spreads + request) * tl.abs(q)
+    each = 0.5 * tl.where(large, q + wider, q - wider)
     weights = tl.sum(each, 0)
     _score(out, bound, pinned, each, weights, first, last, GROUP, MAX, PAGES)
     stride = (tl.num_programs(2) - 1) * PAGES
@@ -169,7 +171,7 @@ def page_scores(
     _page_scores[(len(rows), shape["HEADS"], 1 + _programs_each(len(rows), shape["HEADS"], chunks))](
         table_of(rows), cache.layer, rows.modes, int(want), rows.starts, queries, queries.stride(0),
         contents, cache.quant.key if contents.element_size() == 1 else 1.0, bounds, scores, scores.stride(0), factor,
-        rows.modes if pins is None else pins, 0 if pins is None else pins.stride(1), rows.places,
+        rows.modes if pins is None else pins, 0 if pins is None else pins.stride(1), rows.places, rows.thresholds,
         **shape, GROUP=widths["GROUP"], GROUP_2=triton.next_power_of_2(widths["GROUP"]), DIM=widths["DIM"],
         DIM_2=widths["DIM_2"], MAX=reduce == "max", PINS=pins is not None,
         PAGES=_PAGES, STAGES=_STAGES, num_warps=_WARPS, **overlapping(bounds.device),

@@ -80,8 +80,10 @@ def page_scores(
     pins: torch.Tensor | None = None,
 ) -> None:
     """Let the newest tokens' keys into the bounds of their pages, and score the pages before those: over a group's
-    query heads, the sum or the largest of a page's greatest possible products with the query. They aren't multiplied
-    with the softmax scale. The newest token's page has no score, it is always read.
+    query heads, the sum or the largest of the products of the query with the middle of a page's bounds, and of its
+    absolute value with half their width, of which the share `rows.thresholds` counts: with 1 no product with a key of
+    the page can be greater. They aren't multiplied with the softmax scale. The newest token's page has no score, it is
+    always read.
 
     Args:
         scores: float32 [num_kv_heads, pages]; of wanted rows, those from `rows.starts // page_size` on are written. A
@@ -98,8 +100,9 @@ def page_scores(
         _grow(bounds, cache, int(newest[row, head]), rest == 0)
         own = bounds.view(torch.uint8)[sequences.pages[row, head, :used]].view(BOUNDS)
         low, high = own.float().unbind(1)
-        # The larger of q * low and q * high, in each dimension.
-        each = real[row, head].clamp(min=0) @ high.T + real[row, head].clamp(max=0) @ low.T
+        query, spread = real[row, head], rows.thresholds[row]
+        # With a spread of 1 the larger of q * low and q * high, in each dimension.
+        each = (query + spread * query.abs()) / 2 @ high.T + (query - spread * query.abs()) / 2 @ low.T
         found = nan_first(each.sum(0) if reduce == "sum" else each.amax(0))
         if pins is not None and rows.places[row] >= 0:
             page = torch.arange(used, device=pins.device)

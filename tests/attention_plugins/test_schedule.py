@@ -98,7 +98,7 @@ def test_a_read_says_all_that_workers_need() -> None:
     schedule.start("l", asking("local", tokens=128, share=0.25))
     schedule.start("q", asking("quest"))
     assert schedule.step({"q": 300, "l": 400, "r": 500}) == {
-        "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.0, 0, pinned=32, prepare=True),
+        "q": Read("q", "quest", Mode.SELECT, 300, 64, 0.5, 0, pinned=48, prepare=True),
         "l": Read("l", "local", Mode.SELECT, 400, 128, 0.25, 1, prepare=True),
         "r": Read("r", "recycled", Mode.SELECT | Mode.CHECK, 500, 96, 0.75, 2, 10, 48, prepare=True),
     }

@@ -37,8 +37,8 @@ def top_tokens(
 class Quest:
     """Pages by their bounds; behind the prompt's those that its window chose, its own first."""
 
-    def __init__(self, k: int, page: int, window: int = 0, pinned: int = 0) -> None:
-        self.k, self.page, self.window, self.pinned = k, page, window, pinned
+    def __init__(self, k: int, page: int, window: int = 0, pinned: int = 0, spread: float = 1.0) -> None:
+        self.k, self.page, self.window, self.pinned, self.spread = k, page, window, pinned, spread
         self.pins: dict[int, list[list[int]]] = {}
 
     def prompt(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
@@ -62,7 +62,9 @@ class Quest:
             for page in pages[:-1]:
                 keys = head[page].to(torch.float8_e4m3fn).float()
                 low, high = keys.amin(0), keys.amax(0)
-                bounds.append(sum(float(torch.maximum(q * low, q * high).sum()) for q in group))
+                middle, most = (low + high) / 2, [torch.maximum(q * low, q * high) for q in group]
+                less = [(1 - self.spread) * (each - q * middle) for q, each in zip(group, most, strict=True)]
+                bounds.append(sum(float((each - off).sum()) for each, off in zip(most, less, strict=True)))
             order = [*(page for page in pinned if page < len(bounds)), *ranked(bounds)]
             best = list(dict.fromkeys(order))[: math.ceil(self.k / size) - 1]
             chosen.append(sum((pages[page] for page in best), pages[-1]))

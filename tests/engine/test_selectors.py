@@ -23,7 +23,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"selector": "recycled", "stride": 1000, "similarity": 0.9, "check_every": 2, "kernel": 1, "window": 1},
     {"selector": "tidal", "kernel": 1, "heads": "own", "window": 0},
     {"selector": "lessismore", "kernel": 3},
-    {"selector": "quest", "window": 0},
+    {"selector": "quest", "window": 0, "spread": 1},
     {"selector": "loki"},
     {"selector": "local", "share": 0.02},
 ]
@@ -76,10 +76,10 @@ REFERENCES: list[tuple[dict[str, Any], Callable[[], Reads]]] = [
     ),
     (SELECTORS[3], lambda: by_hand.LessIsMore(96, [0, 1], kernel=3)),
     (SELECTORS[4], lambda: by_hand.Quest(96, PAGE)),
-    ({"selector": "quest", "tokens": 224}, lambda: by_hand.Quest(224, PAGE, window=32, pinned=3)),
+    ({"selector": "quest", "tokens": 224}, lambda: by_hand.Quest(224, PAGE, window=32, pinned=5, spread=0.5)),
     (
-        {"selector": "quest", "tokens": 288, "window": 5, "pinned": 0.25},
-        lambda: by_hand.Quest(288, PAGE, window=5, pinned=2),
+        {"selector": "quest", "tokens": 288, "window": 5, "pinned": 0.25, "spread": 0.7},
+        lambda: by_hand.Quest(288, PAGE, window=5, pinned=2, spread=0.7),
     ),
     (SELECTORS[5], lambda: by_hand.Loki(96)),
     (SELECTORS[6], lambda: by_hand.Local(96, 0.02, PAGE)),
@@ -102,7 +102,7 @@ def test_answers_are_what_the_formulas_say(
     [
         ({"selector": "recycled", "stride": 4, "kernel": 5}, lambda: by_hand.Recycled(96, 4, kernel=5)),
         ({"selector": "tidal"}, lambda: by_hand.Tidal(96, [1], shared=True)),
-        ({"selector": "quest"}, lambda: by_hand.Quest(96, PAGE)),
+        ({"selector": "quest", "spread": 1}, lambda: by_hand.Quest(96, PAGE)),
     ],
     ids=["recycled", "tidal", "quest"],
 )

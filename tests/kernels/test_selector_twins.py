@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attention_plugins import naive
-from attention_plugins.decode.rows import Mode
+from attention_plugins.decode.rows import DecodeRows, Mode
 from kvcache.evidence import QuantScales
 from tests.kernels.selector_batch import EVERY, MIXED, UNTOUCHED, Batch, Row
 
@@ -154,14 +154,21 @@ def test_nothing_listed_is_zeros() -> None:
     assert not out.any()
 
 
-def test_the_golden_scores() -> None:
-    """Keys (1, 0), (0, 1) and (2, 2), (-1, -1) under the query (1, -1); the last page, of (9, 9), has no score."""
+def with_spread(batch: Batch, spread: float) -> DecodeRows:
+    return replace(batch.rows, thresholds=torch.full_like(batch.rows.thresholds, spread))
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(1.0, [1.0, 3.0]), (0.5, [0.5, 1.5]), (0.0, [0.0, 0.0])])
+def test_the_golden_scores(spread: float, expected: list[float]) -> None:
+    """Keys (1, 0), (0, 1) and (2, 2), (-1, -1) under the query (1, -1), whose products with both pages' middles are 0;
+    the last page, of (9, 9), has no score."""
     batch = Batch([Row(5)], heads=1, group=1, dim=2, page=2)
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0], [9.0, 9.0]])
     batch.cache.codec.write_tokens(batch.cache.pages, batch.slots[0][0], keys, keys)
     bounds, scores = written_bounds(batch), torch.zeros(1, 3)
-    naive.page_scores(scores, bounds, batch.rows, batch.cache, torch.tensor([[[[1.0, -1.0]]]]), SELECT)
-    assert scores.tolist() == [[1.0, 3.0, 0.0]]
+    rows = with_spread(batch, spread)
+    naive.page_scores(scores, bounds, rows, batch.cache, torch.tensor([[[[1.0, -1.0]]]]), SELECT)
+    assert scores.tolist() == [[*expected, 0.0]]
 
 
 def test_the_golden_scores_with_a_pin() -> None:
@@ -170,7 +177,7 @@ def test_the_golden_scores_with_a_pin() -> None:
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]])
     for row in range(2):
         batch.cache.codec.write_tokens(batch.cache.pages, batch.slots[row][0], keys, keys)
-    rows, pins = replace(batch.rows, places=torch.tensor([1, -1], dtype=torch.int32)), torch.zeros(2, 1, 1)
+    rows, pins = replace(with_spread(batch, 1.0), places=torch.tensor([1, -1], dtype=torch.int32)), torch.zeros(2, 1, 1)
     pins[:, 0, 0] = torch.tensor([0b101, 0b010])
     bounds, scores, queries = written_bounds(batch), torch.zeros(1, 8), torch.tensor([[[[1.0, -1.0]]]] * 2)
     naive.page_scores(scores, bounds, rows, batch.cache, queries, SELECT, pins=pins.to(torch.uint8))
@@ -187,7 +194,7 @@ def written_bounds(batch: Batch) -> torch.Tensor:
 def test_page_scores_are_no_less_than_any_logit(batch: Batch, reduce: str) -> None:
     bounds, queries = written_bounds(batch), batch.queries()
     scores = batch.filled(UNTOUCHED, 2, batch.columns // batch.page, dtype=torch.float32)
-    naive.page_scores(scores, bounds, batch.rows, batch.cache, queries, SELECT, reduce)  # type: ignore[arg-type]
+    naive.page_scores(scores, bounds, with_spread(batch, 1.0), batch.cache, queries, SELECT, reduce)  # type: ignore[arg-type]
     expected = torch.full_like(scores, UNTOUCHED)
     for row in batch.wanted(SELECT):
         for head in range(2):
@@ -214,7 +221,7 @@ def test_bounds_grow_as_they_are_written(dtype: torch.dtype) -> None:
     queries, before = batch.queries(), torch.full((2, batch.columns // 4), -math.inf)
     pages, _ = batch.all_pages()
     for back in range(30, -1, -1):
-        rows = replace(batch.rows, seq_lens=(batch.rows.seq_lens - back).clamp(min=0))
+        rows = replace(with_spread(batch, 1.0), seq_lens=(batch.rows.seq_lens - back).clamp(min=0))
         rows.slots[(rows.seq_lens < 13) & (rows.slots != batch.tables.identity)] = -1
         if back == 30:  # what lies before the first step of the compacted row is written at once
             for head in range(2):

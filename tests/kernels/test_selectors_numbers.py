@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_plugins import naive
-from attention_plugins.decode.rows import Mode
+from attention_plugins.decode.rows import DecodeRows, Mode
 from kvcache.evidence import QuantScales
 from kvcache.pages import PermutedCodec
 from tests.kernels.selector_batch import EVERY, UNTOUCHED, Batch, assert_close, both
@@ -206,6 +206,13 @@ def written_bounds(batch: Batch) -> torch.Tensor:
     return bounds
 
 
+def spread(batch: Batch) -> DecodeRows:
+    """Every row with a spread of its own, the first with the paper's."""
+    spreads = torch.rand(len(batch.given), generator=batch.generator).to(batch.device)
+    spreads[0] = 1.0
+    return replace(batch.rows, thresholds=spreads)
+
+
 def some_pins(batch: Batch) -> torch.Tensor:
     """A third of all pages of two states more than there are rows."""
     most = -(-int(batch.columns) // batch.page // 8) + 1
@@ -218,7 +225,7 @@ def test_pinned_pages_come_before_all_others(batch: Batch, reduce: str) -> None:
     """By the bits of each row's state; a row in none has none."""
     places = torch.arange(len(batch.given) + 1, 1, -1, dtype=torch.int32, device=batch.device)
     places[2] = -1
-    rows, bounds, pins = replace(batch.rows, places=places), written_bounds(batch), some_pins(batch)
+    rows, bounds, pins = replace(spread(batch), places=places), written_bounds(batch), some_pins(batch)
     scores = batch.filled(UNTOUCHED, batch.heads, batch.columns // batch.page + 3, dtype=torch.float32)
     given = rows, batch.cache, batch.queries(), SELECT, reduce
     found, expected = both("page_scores", [scores, bounds], *given, pins=pins)
@@ -239,7 +246,7 @@ def test_page_scores(batch: Batch, reduce: str, want: int) -> None:
     filled[torch.searchsorted(pages, newest // batch.page)] -= 1
     naive.write_bounds(bounds, batch.cache, pages, filled)
     scores = batch.filled(UNTOUCHED, batch.heads, batch.columns // batch.page + 3, dtype=torch.float32)
-    given = batch.rows, batch.cache, batch.queries(), want, reduce
+    given = spread(batch), batch.cache, batch.queries(), want, reduce
     found, expected = both("page_scores", [scores, bounds], *given)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[1], expected[1])
