@@ -158,7 +158,15 @@ def test_an_output_without_our_dictionary_tells_nothing(engine: Engine) -> None:
     assert (scope.usage, fake.compactions()) == ({}, None)
 
 
-TIDAL = {"selector": "tidal", "tokens": 512, "min_context": 0, "kernel": 1, "heads": "shared"}
+TIDAL = {
+    "selector": "tidal",
+    "tokens": 512,
+    "min_context": 0,
+    "kernel": 1,
+    "window": 32,
+    "pinned": 0.5,
+    "heads": "shared",
+}
 DECODED = {**TIDAL, "steps": {"select": 3}}
 
 

@@ -262,7 +262,15 @@ def test_requests_at_the_same_time_have_scopes_of_their_own() -> None:
     assert (seen["a"]["policy"], seen["bb"]["policy"]) == ("none", "random")
 
 
-TIDAL = {"selector": "tidal", "tokens": 512, "min_context": 8192, "kernel": 1, "heads": "shared"}
+TIDAL = {
+    "selector": "tidal",
+    "tokens": 512,
+    "min_context": 8192,
+    "kernel": 1,
+    "window": 32,
+    "pinned": 0.5,
+    "heads": "shared",
+}
 ONE_STEP = {**TIDAL, "steps": {"select": 1}}
 
 
@@ -272,7 +280,8 @@ def test_both_fields_are_taken_out() -> None:
     assert json.loads(handler.body) == {"prompt": "hi"}
     assert length_seen(handler) == len(handler.body)
     assert handler.words == WORDS
-    assert handler.decode == {"selector": "quest", "tokens": 64, "min_context": 12288}
+    quest = {"selector": "quest", "tokens": 64, "min_context": 12288, "window": 32, "pinned": 0.75, "spread": 0.5}
+    assert handler.decode == quest
     post(handler, {"prompt": "hi", "decode_attention": {"selector": "tidal", "tokens": 512}})
     assert (handler.words, handler.decode) == (None, TIDAL)
     post(handler, {"prompt": "hi", "decode_attention": None})
