@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512)
     args = parser.parse_args()
     tokenizer, model = load(str(ensure_embedded_model()) if args.model == EMBEDDED else args.model)
+    if model.device.type == "cpu":
+        model = model.float()  # many CPUs have no bfloat16
     mass = PageMass(full_layers(model.config), args.budget, args.spreads)
     for number in range(args.texts):
         run(model, make_passage(tokenizer, args.tokens, 1, number).document, mass.see)
