@@ -83,7 +83,7 @@ def test_pools(case: Case, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CASES, Case(300, 4500), Case(128, 256)])
-@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+@pytest.mark.parametrize("stride", [8, 16, 32, 64, 128])
 def test_antidiagonals(case: Case, stride: int, dtype: torch.dtype, device: torch.device) -> None:
     chunk, expected = replace(case, dtype=dtype).make(device)
     close(kernels.antidiagonal_masses(chunk, stride), plain.antidiagonal_masses(expected, stride), dtype)

@@ -128,7 +128,9 @@ def antidiagonal_masses(chunk: Chunk, stride: int) -> torch.Tensor:
     masses = torch.empty(chunk.num_heads, q_blocks, blocks, device=chunk.queries.device)
     slab = max(1, min(kv_heads, BYTES // (4 * group * rows * blocks)))
     powers = torch.empty(slab * group, rows, blocks, device=masses.device)
-    sizes = {**PRODUCTS, "K": min(PRODUCTS["K"], given.shape["DIM_2"])}
+    # A short chunk has fewer rows of large tiles than a program takes.
+    taken = min(PRODUCTS["M"], max(16, triton.next_power_of_2(rows)))
+    sizes = {**PRODUCTS, "M": taken, "K": min(PRODUCTS["K"], given.shape["DIM_2"])}
     columns = triton.cdiv(triton.cdiv(chunk.k_len, stride), sizes["N"])
     for first in range(0, kv_heads, slab):
         heads = min(slab, kv_heads - first)

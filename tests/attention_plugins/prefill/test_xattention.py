@@ -29,7 +29,7 @@ def brute(prompt: Prompt, first: int, head: int, stride: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("first", "length"), [(0, 256), (128, 384), (256, 261), (60, 203), (131, 150)])
-@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+@pytest.mark.parametrize("stride", [8, 16, 32, 64, 128])
 def test_masses(first: int, length: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(antidiagonals, "SLAB", 1)
     prompt = make_prompt(length)
