@@ -62,6 +62,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "xattention 0.98 + tail": {"pattern": "xattention", "threshold": 0.98, **TAIL},
     "xattention 0.98 + tail, stride 32": {"pattern": "xattention", "threshold": 0.98, "stride": 32, **TAIL},
     "xattention 0.98 + tail, stride 64": {"pattern": "xattention", "threshold": 0.98, "stride": 64, **TAIL},
+    "xattention 0.98 + tail, stride 128": {"pattern": "xattention", "threshold": 0.98, "stride": 128, **TAIL},
     "xattention 0.95 + tail": {"pattern": "xattention", "threshold": 0.95, **TAIL},
     "xattention 0.9 + tail": {"pattern": "xattention", "threshold": 0.9, **TAIL},
     "xattention 0.9 + tail, stride 32": {"pattern": "xattention", "threshold": 0.9, "stride": 32, **TAIL},
