@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Reads]]] = {
     "tidal": ({"tokens": 32, "kernel": 5, "heads": "own"}, lambda: by_hand.Tidal(32, [1], kernel=5)),
     "tidal-shared": ({"tokens": 32, "kernel": 3}, lambda: by_hand.Tidal(32, [1], kernel=3, shared=True)),
     "lessismore": ({"tokens": 40, "kernel": 1}, lambda: by_hand.LessIsMore(40, [0])),
-    "quest": ({"tokens": 40}, lambda: by_hand.Quest(40, PAGE)),
+    "quest": ({"tokens": 40}, lambda: by_hand.Quest(40, PAGE, spread=0.5)),
     "loki": ({"tokens": 32}, lambda: by_hand.Loki(32)),
     "local": ({"tokens": 32, "share": 0.1}, lambda: by_hand.Local(32, 0.1, PAGE)),
 }

@@ -28,7 +28,7 @@ def test_a_packages_selector_is_one_of_them(install: Any) -> None:
     install(type("Theirs", (Quest,), {"name": "theirs"}))
     made = make_selector({"selector": "theirs", "tokens": 64})
     assert made is not None and list(selectors())[-1] == "theirs"
-    assert selector_words(made) == {"selector": "theirs", "tokens": 64, "min_context": made.args.min_context}
+    assert selector_words(made) == {"selector": "theirs", **made.args.model_dump()} and made.args.tokens == 64
 
 
 @pytest.mark.parametrize(

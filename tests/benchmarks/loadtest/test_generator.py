@@ -48,7 +48,8 @@ def test_requests_are_sent_as_they_are_and_timed(fake: Fake) -> None:
         assert body["max_tokens"] == 5 and body["ignore_eos"] and body["temperature"] == 0
     for record in found:
         assert record.ttft is not None and record.tpot is not None and record.seconds is not None
-        assert record.ttft >= 0.1 and record.tpot >= 0.02 and record.seconds >= 0.18
+        assert record.ttft >= 0.1 and record.seconds >= 0.18  # a busy client may see the first token late
+        assert record.tpot == pytest.approx((record.seconds - record.ttft) / 4)
         assert (record.prompt_tokens, record.output_tokens) == (50, 5)
     told = one.metrics(Goals(ttft=60, tpot=60))
     assert told["completed"] == 2 and told["total_output"] == 10 and told["request_goodput"] > 0
