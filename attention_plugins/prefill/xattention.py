@@ -33,7 +33,9 @@ class XAttention(Pattern):
     chunk_exact = True
 
     class Args(PatternArgs):
-        stride: Literal[4, 8, 16, 32, 64, 128] = Field(8, description="Side of a tile; the estimate costs 1/stride of QK.")
+        stride: Literal[4, 8, 16, 32, 64, 128] = Field(
+            8, description="Side of a tile; the estimate costs 1/stride of QK."
+        )
         threshold: float = Field(0.9, gt=0, le=1, description="Share of each row's estimated mass that is computed.")
 
     args: Args

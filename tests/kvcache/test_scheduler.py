@@ -133,9 +133,9 @@ def test_a_replayed_answer_is_read_whole(words: dict[str, Any], known: int | Non
 def test_a_selectors_reader_is_shown_the_blocks_that_are_filled() -> None:
     """And the one that this step's token begins."""
     scheduler = Reading({"selector": "quest"})
-    assert scheduler.step(113).prepare == [Prepare("r", "quest", -1, [*range(1000, 1008)], 0, 112)]
+    assert scheduler.step(113).prepare == [Prepare("r", "quest", 0, [*range(1000, 1008)], 0, 112)]
     scheduler.reads.forget("r")
-    assert scheduler.step(128).prepare == [Prepare("r", "quest", -1, [*range(1000, 1008)], 0, 127)]
+    assert scheduler.step(128).prepare == [Prepare("r", "quest", 0, [*range(1000, 1008)], 0, 127)]
 
 
 def test_a_compacted_requests_reader_is_shown_what_it_holds() -> None:
@@ -144,7 +144,7 @@ def test_a_compacted_requests_reader_is_shown_what_it_holds() -> None:
     plan = scheduler.compressions["r"].plan
     assert plan and (plan.full_pages, plan.kept_pages) == (6, 3)
     scheduler.compressions["r"].boundary = 100
-    assert scheduler.step(101).prepare == [Prepare("r", "quest", -1, [1006], 6, 100)]
+    assert scheduler.step(101).prepare == [Prepare("r", "quest", 0, [1006], 6, 100)]
     scheduler = Reading({"selector": "quest", "tokens": 53}, {"policy": "streamingllm", "budget": 48})
     scheduler.compressions["r"].boundary = 100
     assert not scheduler.step(101), "3 pages and 5 tokens"
