@@ -64,6 +64,12 @@ def prompt_votes(prompt: LayerEvidence, kernel: int = KERNEL) -> torch.Tensor:
     return votes.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
+def _best(votes: torch.Tensor, count: int) -> torch.Tensor:
+    """So many of each head, or all there are, ascending: float32 [num_kv_heads, n] -> int64 [num_kv_heads, m]."""
+    heads, n = votes.shape
+    return keep_top(votes, torch.full((heads,), min(count, n)))
+
+
 class Pins:
     """Places of pinned tokens, by group of layers that read one list, by request and KV head.
 
@@ -95,8 +101,7 @@ class Pins:
             votes: float32 [num_kv_heads, n], no NaN.
             count: how many of each head, or all there are.
         """
-        heads, n = votes.shape
-        places = keep_top(votes, torch.full((heads,), min(count, n)))
+        places = _best(votes, count)
         self.places[group, state, :, : places.shape[-1]] = places.int()
 
     def raise_scores(self, scores: torch.Tensor, rows: DecodeRows, group: int) -> None:
@@ -144,9 +149,8 @@ class PinnedPages:
             votes: float32 [num_kv_heads, pages], no NaN.
             count: how many of each head, or all there are.
         """
-        heads, n = votes.shape
-        pages = keep_top(votes, torch.full((heads,), min(count, n)))
-        pinned = torch.zeros(heads, self.bits.shape[-1] * _BITS, dtype=torch.uint8, device=votes.device)
+        pages = _best(votes, count)
+        pinned = torch.zeros(len(votes), self.bits.shape[-1] * _BITS, dtype=torch.uint8, device=votes.device)
         pinned.scatter_(1, pages, 1)
         weights = 1 << torch.arange(_BITS, dtype=torch.uint8, device=votes.device)
         self.bits[layer, state] = (pinned.unflatten(1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8)
