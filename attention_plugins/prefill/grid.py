@@ -80,6 +80,11 @@ class Grid:
         """What every plan computes: the first 128 keys (the sink) and the block's own; bool [q_blocks, k_units]."""
         return self.band(ROWS, 1)
 
+    @cached_property
+    def always_blocks(self) -> torch.Tensor:
+        """`always` in blocks of 128 keys: bool [q_blocks, k_blocks(128)]."""
+        return Grid(self.q_len, self.k_len, ROWS, self.device).always
+
     def band(self, sinks: int, window: int) -> torch.Tensor:
         """Units that hold one of the first `sinks` keys, or one of a row's last `window`; bool [q_blocks, k_units]."""
         near = self.unit_starts + self.unit > (self.first_rows - window + 1)[:, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from attention_plugins.prefill.base import Chunk, Pattern, PatternArgs, Plan
@@ -41,9 +40,6 @@ class XAttention(Pattern):
     args: Args
 
     def plan(self, chunk: Chunk) -> Plan:
-        grid, device = chunk.grid, chunk.queries.device
-        blocks = torch.arange(grid.k_blocks(BLOCK), device=device)
-        own = (blocks >= grid.first_rows[:, None] // BLOCK) & (blocks <= grid.last_rows[:, None] // BLOCK)
         masses = chunk.ops.antidiagonal_masses(chunk, self.args.stride)
-        chosen = chunk.ops.cover(masses, self.args.threshold, first=own | (blocks == 0))
+        chosen = chunk.ops.cover(masses, self.args.threshold, first=chunk.grid.always_blocks)
         return chunk.ops.block_plan(chunk, chosen, BLOCK)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu.prefill_kernels [--contexts 32768,65536,126976] [--chunks 8192] [--patterns NAME,...]
     [--no-flex]
-python -m benchmarks.gpu.prefill_kernels --check | --parts | --tune
+python -m benchmarks.gpu.prefill_kernels --check | --parts | --tune [KERNEL ...]
 
 A chunk of 8,192 queries (or `--chunks`) at the end of a context, 8B shapes, bfloat16, pages of 16 tokens in random
 order. Queries and keys are random: arguments are set for densities of some percent, which say nothing about real ones.
@@ -209,8 +209,8 @@ def measure(context: int, chunk: int, names: list[str], with_flex: bool) -> None
             pattern = near_tenth(case, name)
 
             def plan(pattern: Pattern = pattern) -> Plan:
-                # A new one, whose grid isn't known yet.
-                return pattern.plan(replace(case.chunk))
+                # A layer's own, with the grid that all layers share.
+                return pattern.plan(replace(case.chunk, shared=case.chunk.grid))
 
             made = plan()
             row["density"] = round(float(made.density().mean()), 4)
@@ -277,8 +277,8 @@ def parts(context: int) -> None:
         say(**row)
 
 
-def tune(context: int) -> None:
-    """Other sizes of the kernels that take longest."""
+def tune(context: int, names: list[str]) -> None:
+    """Other sizes of the kernels that take longest, or of those that are named."""
     chunk = Case(context).chunk
     rows = torch.arange(CHUNK - ROWS, CHUNK, device="cuda")
     anchors = ops.near_maxima(chunk, 2048)
@@ -310,13 +310,20 @@ def tune(context: int) -> None:
             for m, n, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8))
             for k, stages in ((64, 2), (64, 3), (64, 4), (128, 2))
         ]),
+        ("antidiagonal_masses 128", ops.antidiagonals.LARGEST, lambda: ops.antidiagonal_masses(chunk, 128), [
+            {"M": m, "N": n, "K": k, "num_warps": warps, "num_stages": stages}
+            for m, n, warps in ((128, 128, 4), (128, 128, 8), (64, 128, 4), (128, 64, 4), (256, 64, 8), (256, 128, 8))
+            for k, stages in ((64, 2), (64, 3), (64, 4), (128, 2), (128, 3))
+        ]),
     ]  # fmt: skip
     for what, sizes, work, options in tries:
+        if names and what not in names:
+            continue
         before = dict(sizes)
         for option in options:
             sizes.update(option)
             try:
-                say(tune=what, context=context, **option, ms=timed(work))
+                say(tune=what, context=context, **option, ms=timed(work), graph_ms=graphed(work))
             except Exception as error:
                 say(tune=what, context=context, **option, error=f"{type(error).__name__}: {error}"[:120])
         sizes.update(before)
@@ -374,7 +381,7 @@ def main() -> None:
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out, which has to compile")
     parser.add_argument("--check", action="store_true", help="compare with the twins, and time nothing")
     parser.add_argument("--parts", action="store_true", help="time the estimators one by one")
-    parser.add_argument("--tune", action="store_true", help="time other sizes of the kernels")
+    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="time other sizes of the kernels, or of these")
     args = parser.parse_args()
     contexts = [int(context) for context in args.contexts.split(",")]
     with torch.inference_mode():
@@ -382,9 +389,9 @@ def main() -> None:
             check()
         for context in contexts if args.parts else []:
             parts(context)
-        if args.tune:
-            tune(contexts[-1])
-        if not (args.check or args.parts or args.tune):
+        if args.tune is not None:
+            tune(contexts[-1], args.tune)
+        if not (args.check or args.parts or args.tune is not None):
             for context, chunk in product(contexts, map(int, args.chunks.split(","))):
                 measure(context, chunk, args.patterns.split(","), not args.no_flex)
 

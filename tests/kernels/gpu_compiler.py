@@ -66,7 +66,7 @@ def main(head_dim: int, dtype: torch.dtype) -> None:
     ops.last_row_sums(one, ROWS)
     ops.column_sums(one, torch.arange(ROWS))
     ops.group_slack(one, ops.near_maxima(one, 1024), 1024)
-    for stride in (4, 64):
+    for stride in (4, 64, 128):
         ops.antidiagonal_masses(one, stride)
     ops.pooled_keys(one, ROWS)
     ops.pooled_queries(one)

@@ -89,6 +89,12 @@ def test_antidiagonals(case: Case, stride: int, dtype: torch.dtype, device: torc
     close(kernels.antidiagonal_masses(chunk, stride), plain.antidiagonal_masses(expected, stride), dtype)
 
 
+@pytest.mark.parametrize("stride", [8, 128])
+def test_antidiagonals_of_programs_with_rows_of_several_heads(stride: int, device: torch.device) -> None:
+    chunk, expected = Case(1100, 2500, group=3).make(device)
+    close(kernels.antidiagonal_masses(chunk, stride), plain.antidiagonal_masses(expected, stride), torch.float32)
+
+
 def test_antidiagonals_of_a_few_heads_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, expected = Case(200, 1035, kv_heads=3).make(device)
     for most in (1, 4 * 2 * 25 * 9 * 2):

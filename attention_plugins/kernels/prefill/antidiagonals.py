@@ -17,6 +17,8 @@ from attention_plugins.prefill.base import Chunk
 from attention_plugins.prefill.grid import ROWS
 
 PRODUCTS: dict[str, Any] = {"M": 128, "N": 256, "K": 64, "num_warps": 8, "num_stages": 3}
+LARGEST: dict[str, Any] = {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3}
+"""Of tiles as large as a block: there are few of them, and all of a GPU is to have some."""
 BYTES = 64 << 20
 """Most memory that sums of powers take, if one KV head's are less; heads take turns."""
 _VARYING = ["width", "q_len", "k_len", "first_head", "rows", "blocks", "q_blocks", "kb"]
@@ -28,18 +30,24 @@ def _tile_powers(
     GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, STRIDE: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Log2 of the sum of powers of each row of tiles and block of keys. Of a tile, PART keys lie in one page."""
-    row_tiles = (rows + M - 1) // M
-    tile, member = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    """Log2 of the sum of powers of each row of tiles and block of keys. Of a tile, PART keys lie in one page.
+
+    Rows of a group's members lie behind each other, so that a few large tiles of several members read keys once.
+    """
     head = tl.program_id(2)
-    row, column = tile * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
-    if tl.program_id(1) * N * STRIDE >= k_len - q_len + (tile * M + M) * STRIDE:
-        _nothing(powers, head, member, row, rows, blocks, GROUP, STRIDE, BLOCK, M, N)
+    line, column = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    # Lines behind the last one take it once more, and write nothing.
+    real = tl.minimum(line, GROUP * rows - 1)
+    member, row = real // rows, real % rows
+    earliest, latest = tl.min(row, 0), tl.max(row, 0)
+    if tl.program_id(1) * N * STRIDE >= k_len - q_len + (latest + 1) * STRIDE:
+        found = tl.full([M, N * STRIDE // BLOCK], float("-inf"), tl.float32)
+        _store_powers(powers, found, head, line, rows, blocks, GROUP, STRIDE, BLOCK, N)
         return
     key_head, dim = first_head + head, tl.arange(0, K)
     start = column * STRIDE
     of = table + key_head.to(tl.int64) * width
-    query = queries + (key_head * GROUP + member) * DIM
+    query = queries + (key_head * GROUP + member)[:, None] * DIM
     acc = tl.zeros([M, N], tl.float32)
     for part in tl.static_range(STRIDE // PART):
         first = start + part * PART
@@ -57,40 +65,29 @@ def _tile_powers(
                 mask=(first + place < k_len)[:, None] & (at < DIM)[None, :], other=0.0,
             )  # fmt: skip
             acc = tl.dot(q, tl.trans(k.to(q.dtype)), acc, input_precision="ieee")
-    last_row, last_key = (tile * M + M) * STRIDE, (tl.program_id(1) * N + N) * STRIDE
+    last_row, last_key = (latest + 1) * STRIDE, (tl.program_id(1) * N + N) * STRIDE
     if (last_row > q_len) | (last_key > k_len):
         pairs = tl.minimum(q_len - row * STRIDE, STRIDE)[:, None] + tl.minimum(k_len - start, STRIDE)[None, :] - STRIDE
         acc = acc * (scale / tl.maximum(pairs, 1).to(tl.float32))
     else:
         acc = acc * (scale / STRIDE)
-    if last_key > k_len - q_len + tile * M * STRIDE:
+    if last_key > k_len - q_len + earliest * STRIDE:
         above = start[None, :] >= k_len - q_len + row[:, None] * STRIDE + STRIDE
         acc = tl.where(above | (start >= k_len)[None, :], float("-inf"), acc)
     parts = tl.reshape(acc, [M, N * STRIDE // BLOCK, BLOCK // STRIDE])
     most = tl.maximum(tl.max(parts, 2), -1e38)
     found = most + tl.log2(tl.sum(tl.exp2(parts - most[:, :, None]), 2))
-    _store_powers(powers, found, head, member, row, rows, blocks, GROUP, STRIDE, BLOCK, N)
+    _store_powers(powers, found, head, line, rows, blocks, GROUP, STRIDE, BLOCK, N)
 
 
 @triton.jit
 def _store_powers(
-    powers, found, head, member, row, rows, blocks,
+    powers, found, head, line, rows, blocks,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1) * (N * STRIDE // BLOCK) + tl.arange(0, N * STRIDE // BLOCK)
-    line = ((head * GROUP + member) * rows + row).to(tl.int64) * blocks
-    mask = (row < rows)[:, None] & (block < blocks)[None, :]
-    tl.store(powers + line[:, None] + block, found, mask=mask)
-
-
-@triton.jit
-def _nothing(
-    powers, head, member, row, rows, blocks,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Of tiles that lie above the diagonal as a whole."""
-    found = tl.full([M, N * STRIDE // BLOCK], float("-inf"), tl.float32)
-    _store_powers(powers, found, head, member, row, rows, blocks, GROUP, STRIDE, BLOCK, N)
+    out = powers + (head * GROUP * rows + line).to(tl.int64)[:, None] * blocks + block
+    tl.store(out, found, mask=(line < GROUP * rows)[:, None] & (block < blocks)[None, :])
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -128,13 +125,14 @@ def antidiagonal_masses(chunk: Chunk, stride: int) -> torch.Tensor:
     masses = torch.empty(chunk.num_heads, q_blocks, blocks, device=chunk.queries.device)
     slab = max(1, min(kv_heads, BYTES // (4 * group * rows * blocks)))
     powers = torch.empty(slab * group, rows, blocks, device=masses.device)
-    # A short chunk has fewer rows of large tiles than a program takes.
-    taken = min(PRODUCTS["M"], max(16, triton.next_power_of_2(rows)))
-    sizes = {**PRODUCTS, "M": taken, "K": min(PRODUCTS["K"], given.shape["DIM_2"])}
+    sizes = dict(LARGEST if stride == ROWS else PRODUCTS)
+    # A short chunk has fewer rows of tiles than a program takes.
+    sizes["M"] = min(sizes["M"], max(16, triton.next_power_of_2(group * rows)))
+    sizes["K"] = min(sizes["K"], given.shape["DIM_2"])
     columns = triton.cdiv(triton.cdiv(chunk.k_len, stride), sizes["N"])
     for first in range(0, kv_heads, slab):
         heads = min(slab, kv_heads - first)
-        _tile_powers[(triton.cdiv(rows, sizes["M"]) * group, columns, heads)](
+        _tile_powers[(triton.cdiv(group * rows, sizes["M"]), columns, heads)](
             given.queries, given.queries.stride(0), given.pages, given.table, given.table.stride(0), powers, first,
             chunk.q_len, chunk.k_len, rows, blocks, given.scale, **given.shape, STRIDE=stride,
             PART=min(stride, given.shape["PAGE"]), BLOCK=ROWS, **sizes,

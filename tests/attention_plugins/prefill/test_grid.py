@@ -40,6 +40,8 @@ def test_visible_and_bands(q_len: int, k_len: int, unit: int) -> None:
         assert torch.equal(grid.band(sinks, window), brute(grid, (keys < sinks) | (rows - keys < window)))
     own = keys // unit >= (rows - (rows - grid.offset) % 128) // unit
     assert torch.equal(grid.always, brute(grid, own | (keys < 128)))
+    coarse = grid_of(q_len, k_len, 128)
+    assert torch.equal(grid.always_blocks, brute(coarse, own | (keys < 128)))
 
 
 @CHUNKS
