@@ -17,7 +17,7 @@ from attention_plugins.prefill.base import Chunk
 from attention_plugins.prefill.grid import ROWS
 
 PRODUCTS: dict[str, Any] = {"M": 128, "N": 256, "K": 64, "num_warps": 8, "num_stages": 3}
-LARGEST: dict[str, Any] = {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3}
+LARGEST: dict[str, Any] = {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 4}
 """Of tiles as large as a block: there are few of them, and all of a GPU is to have some."""
 BYTES = 64 << 20
 """Most memory that sums of powers take, if one KV head's are less; heads take turns."""
