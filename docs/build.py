@@ -25,15 +25,16 @@ RESULTS = HERE.parent / "benchmarks" / "results"
 QUALITY = "2026-11-22-quality-table-4000-h100.json"
 COSTS = ("2026-11-22-cuda-h100-fourth.json", "2026-11-22-selectors-h100.json")
 """Of a policy that several have, the last one's row counts."""
-SPEED = ("2026-11-22-selectors-h100.json", "2026-11-23-quest-8-bit-h100.json")
+SPEED = "2026-11-22-selectors-h100.json", "2026-11-23-quest-8-bit-h100.json", "2026-11-24-selectors-h100.json"
 """Of a shape that several have, the last one's row counts."""
 SELECTOR_QUALITY = "2026-11-22-selector-quality-7000-h100.json"
 """What the pages quote; the files say how it was measured."""
-LATER_QUALITY = "2026-11-23-selector-quality-7000-h100.json"
-"""With recycled's window and tidal's shared lists."""
+LATER_QUALITY = "2026-11-23-selector-quality-7000-h100.json", "2026-11-24-selector-quality-pinned-h100.json"
+"""With recycled's window and tidal's shared lists, then with what is pinned; of a row of both the last one counts."""
 TAILS = "2026-11-23-pattern-quality-tails-7000-h100.json"
 MORE_TAILS = "2026-11-23-pattern-quality-second-h100.json"
 DELTAS = "2026-11-23-pattern-quality-delta-h100.json"
+SIX_SEEDS = "2026-11-24-pattern-quality-six-seeds-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
@@ -103,11 +104,17 @@ def measured_selectors() -> dict[str, dict[str, Any]]:
     for row in _read(SELECTOR_QUALITY)["rows"]:
         if row["section"] == "needles" and (own := found.get(row["label"].partition(",")[0])):
             own["needles"].setdefault((row["label"], row["tokens"]), {})[row["task"]] = row
-    for run in _read(LATER_QUALITY)["runs"]:
-        remark = f"later; seed {run['settings']['seed']}{'; seven layers' if run['settings']['calibrated'] else ''}"
+    for run in (run for name in LATER_QUALITY for run in _read(name)["runs"]):
+        settings = run["settings"]
+        layers = f"; {settings.get('layers', 'seven layers')}" if settings["calibrated"] else ""
+        remark = f"later; seed {settings['seed']}{layers}"
+        # A variant's tasks are of one run: what an older form found isn't mixed in.
+        told: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
         for row in run["rows"]:
-            if own := found.get(row["label"].partition(",")[0]):
-                own["needles"].setdefault((f"{row['label']} ({remark})", row["tokens"]), {})[row["task"]] = row
+            told.setdefault((row["label"], row["tokens"]), {})[row["task"]] = row
+        for (label, tokens), tasks in told.items():
+            if own := found.get(label.partition(",")[0]):
+                own["needles"][f"{label} ({remark})", tokens] = tasks
     return found
 
 
@@ -145,7 +152,7 @@ def _selectors(jinja: Environment) -> dict[str, str]:
     page = jinja.get_template("selector.md.jinja")
     told, settings = measured_selectors(), _read(SELECTOR_QUALITY)["settings"]
     files = {"speed_tokens": SPEED_TOKENS, "quality_file": SELECTOR_QUALITY, "settings": settings}
-    files["later_file"] = LATER_QUALITY
+    files["later_files"] = LATER_QUALITY
     for selector in selectors:
         found[f"selectors/{selector['name']}.md"] = page.render(
             selector=selector, needs=needs_of(selector), measured=told.get(selector["name"]), **files
@@ -175,6 +182,16 @@ def measured_tails(file: str) -> dict[str, list[str]]:
             more = f", {row['found_all']}" if row["found_all"] != row["found"] else ""
             found[row["label"]].append(f"{row['found']}/{row['dense']}{more}")
     return found
+
+
+def measured_seeds(file: str) -> dict[str, dict[str, str]]:
+    """By setting of a pattern and task, keys found of those that dense finds and in all, the sums over all runs."""
+    sums: dict[str, dict[str, list[int]]] = {}
+    for row in (row for run in _read(file)["runs"] for row in run["rows"] if row["section"] == "needles"):
+        own = sums.setdefault(row["label"], {}).setdefault(row["task"], [0, 0, 0])
+        for at, name in enumerate(("found", "dense", "found_all")):
+            own[at] += row[name]
+    return {label: {task: "{}/{}, {}".format(*own) for task, own in tasks.items()} for label, tasks in sums.items()}
 
 
 def measured_patterns() -> dict[str, dict[str, str]]:
@@ -207,7 +224,8 @@ def _patterns(jinja: Environment) -> dict[str, str]:
             pattern=pattern, needs=needs[name], speed=speed.get(name), quality=own, **files
         )
     tails = {"tails": measured_tails(TAILS), "tails_file": TAILS, "more": measured_tails(MORE_TAILS),
-             "more_file": MORE_TAILS, "deltas": measured_tails(DELTAS), "deltas_file": DELTAS}  # fmt: skip
+             "more_file": MORE_TAILS, "deltas": measured_tails(DELTAS), "deltas_file": DELTAS,
+             "seeds": measured_seeds(SIX_SEEDS), "seeds_file": SIX_SEEDS}  # fmt: skip
     found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files, **tails)
     return found
 

@@ -1,8 +1,10 @@
-"""Tables and pictures of a run of `benchmarks.quality.selectors`.
+"""Tables and pictures of runs of `benchmarks.quality.selectors`.
 
-python -m benchmarks.quality.selectors_report FILE.json [--markdown FILE.md] [--images FOLDER]
+python -m benchmarks.quality.selectors_report FILE.json [FILE.json ...] [--labels LABEL ...] [--markdown FILE.md]
+    [--images FOLDER]
 
-The tables are printed too. Pictures: selectors-kl.png and selectors-agreement.png; sections that aren't there are left
+Of rows that several files have, the last file's count; their settings are taken to be the last one's. The tables are
+printed too. Pictures: selectors-kl.png and selectors-agreement.png; sections that aren't there are left
 out.
 """
 
@@ -140,6 +142,18 @@ def agreement_plot(path: Path, rows: Sequence[Row], heading: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+def together(files: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> dict[str, Any]:
+    """One run of several: the last one's settings, and of each row the last one there is; of selectors and policies
+    those that are wanted, all of them by default."""
+    rows = {
+        (row["section"], row["kind"], row["label"], row["tokens"], row.get("task")): row
+        for results in files
+        for row in results["rows"]
+        if not wanted or row["kind"] == "dense" or row["label"] in wanted
+    }
+    return {"settings": files[-1]["settings"], "rows": list(rows.values())}
+
+
 def images(folder: Path, results: dict[str, Any]) -> list[Path]:
     """Draw what there are rows of; needs matplotlib."""
     rows, settings = results["rows"], results["settings"]
@@ -159,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.selectors_report", description=__doc__, formatter_class=raw
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--labels", nargs="+", default=[], help="selectors that are told, as their rows are labelled")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--images", type=Path, help="folder")
     args = parser.parse_args(argv)
-    results = json.loads(args.file.read_text(encoding="utf-8"))
+    results = together([json.loads(file.read_text(encoding="utf-8")) for file in args.files], args.labels)
     text = markdown(results["rows"])
     print(text)
     if args.markdown:

@@ -28,7 +28,7 @@ from benchmarks.quality.selector_cases import (
 )
 from benchmarks.quality.selector_engine import PLAIN, Array, Cell, See, make_cells, whole_distribution
 from benchmarks.quality.selectors import BUDGETS, POLICIES, SELECTORS, Results, arguments, main
-from benchmarks.quality.selectors_report import images, markdown
+from benchmarks.quality.selectors_report import images, markdown, together
 
 QUEST, TIDAL = make_cells(["quest", "tidal"], [], [512])
 
@@ -238,6 +238,21 @@ def report_rows() -> list[dict[str, Any]]:
     for cell, first in ((sections.BESIDE, [100, 100]), (QUEST, [10, 100])):
         rows.append({**sections.named("agreement", cell), **sections.spread(first, 100)})
     return rows
+
+
+def test_of_rows_that_several_runs_have_the_last_counts() -> None:
+    def row(label: str, tokens: int, mean: float, kind: str = "selector") -> dict[str, Any]:
+        return {"section": "kl", "kind": kind, "label": label, "tokens": tokens, "mean": mean}
+
+    older = {
+        "settings": {"seed": 0},
+        "rows": [row("dense again", 0, 1, "dense"), row("quest", 64, 2), row("loki", 64, 3)],
+    }
+    newer = {"settings": {"seed": 1}, "rows": [row("quest", 64, 4), row("quest", 128, 5), row("tidal", 64, 6)]}
+    found = together([older, newer])
+    assert found["settings"] == {"seed": 1}
+    assert [each["mean"] for each in found["rows"]] == [1, 4, 3, 5, 6]
+    assert [each["mean"] for each in together([older, newer], ["loki", "tidal"])["rows"]] == [1, 3, 6]
 
 
 def test_the_report_says_what_was_found(tmp_path: Path) -> None:
