@@ -23,6 +23,8 @@ from benchmarks.quality.selectors import BATCH, CACHE, KL, NEEDLES, Results
 from benchmarks.quality.table import EMBEDDED
 
 STREAMING: dict[str, Any] = {"pattern": "streaming", "sinks": 128, "window": 512, "min_context": 0}
+PUBLISHED: dict[str, Any] = {"pattern": "streaming", "min_context": 0}
+"""Sinks and window that Delta Attention was published with, for prompts of any length."""
 TAIL = {"dense_last": 128}
 """A question with the chat template's end has some 30 tokens."""
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -82,6 +84,17 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "streaming + delta 2, 256 last": {"pattern": "delta", "gamma": 2, "base": {**STREAMING, "dense_last": 256}},
     "wide streaming + delta 4, 256 last": {
         "pattern": "delta", "gamma": 4, "base": {**STREAMING, "window": 1536, "dense_last": 256},
+    },
+    "wide streaming + delta 8, 256 last": {
+        "pattern": "delta", "gamma": 8, "base": {**STREAMING, "window": 1536, "dense_last": 256},
+    },
+    "published streaming": PUBLISHED,
+    "published streaming + delta 64": {"pattern": "delta", "gamma": 64, "base": PUBLISHED},
+    "published streaming + delta 16, 256 last": {
+        "pattern": "delta", "gamma": 16, "base": {**PUBLISHED, "dense_last": 256},
+    },
+    "streaming 2048 + delta 16, 256 last": {
+        "pattern": "delta", "gamma": 16, "base": {**STREAMING, "window": 2048, "dense_last": 256},
     },
     "power": {"pattern": "power"},
     "strided": {"pattern": "strided"},
