@@ -35,6 +35,7 @@ TAILS = "2026-11-23-pattern-quality-tails-7000-h100.json"
 MORE_TAILS = "2026-11-23-pattern-quality-second-h100.json"
 DELTAS = "2026-11-23-pattern-quality-delta-h100.json"
 SIX_SEEDS = "2026-11-24-pattern-quality-six-seeds-h100.json"
+TWELVE_SEEDS = "2026-11-24-pattern-quality-delta-windows-h100.json"
 PREFILL, PATTERN_QUALITY = "2026-11-22-prefill-h100.json", "2026-11-22-pattern-quality-7000-h100.json"
 MODEL_SPEED, NEEDLES = "2026-11-22-models-h100.json", "2026-11-22-gemma-needles-h100.json"
 MODEL_MATRIX = "2026-11-22-models-matrix-h100.json"
@@ -185,13 +186,19 @@ def measured_tails(file: str) -> dict[str, list[str]]:
 
 
 def measured_seeds(file: str) -> dict[str, dict[str, str]]:
-    """By setting of a pattern and task, keys found of those that dense finds and in all, the sums over all runs."""
+    """By setting of a pattern: its density, and by task keys found of those that dense finds and in all, the sums over
+    all runs."""
     sums: dict[str, dict[str, list[int]]] = {}
+    density = {}
     for row in (row for run in _read(file)["runs"] for row in run["rows"] if row["section"] == "needles"):
         own = sums.setdefault(row["label"], {}).setdefault(row["task"], [0, 0, 0])
         for at, name in enumerate(("found", "dense", "found_all")):
             own[at] += row[name]
-    return {label: {task: "{}/{}, {}".format(*own) for task, own in tasks.items()} for label, tasks in sums.items()}
+        density[row["label"]] = f"{100 * row.get('density', 1):.0f} %"  # of one seed: they differ in the fourth place
+    return {
+        label: {"density": density[label], **{task: "{}/{}, {}".format(*own) for task, own in tasks.items()}}
+        for label, tasks in sums.items()
+    }
 
 
 def measured_patterns() -> dict[str, dict[str, str]]:
@@ -225,7 +232,8 @@ def _patterns(jinja: Environment) -> dict[str, str]:
         )
     tails = {"tails": measured_tails(TAILS), "tails_file": TAILS, "more": measured_tails(MORE_TAILS),
              "more_file": MORE_TAILS, "deltas": measured_tails(DELTAS), "deltas_file": DELTAS,
-             "seeds": measured_seeds(SIX_SEEDS), "seeds_file": SIX_SEEDS}  # fmt: skip
+             "seeds": measured_seeds(SIX_SEEDS), "seeds_file": SIX_SEEDS,
+             "windows": measured_seeds(TWELVE_SEEDS), "windows_file": TWELVE_SEEDS}  # fmt: skip
     found["pattern-quality.md"] = jinja.get_template("pattern-quality.md.jinja").render(rows=quality, **files, **tails)
     return found
 
