@@ -88,6 +88,13 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "wide streaming + delta 8, 256 last": {
         "pattern": "delta", "gamma": 8, "base": {**STREAMING, "window": 1536, "dense_last": 256},
     },
+    "streaming, 20 layers dense": {**STREAMING, "dense_layers": 20},
+    "streaming + delta 8, 20 layers dense": {
+        "pattern": "delta", "gamma": 8, "base": {**STREAMING, "dense_layers": 20, "dense_last": 256},
+    },
+    "streaming + delta 64, 20 layers dense": {
+        "pattern": "delta", "gamma": 64, "base": {**STREAMING, "dense_layers": 20, "dense_last": 256},
+    },
     "published streaming": PUBLISHED,
     "published streaming + delta 64": {"pattern": "delta", "gamma": 64, "base": PUBLISHED},
     "published streaming + delta 16, 256 last": {
