@@ -194,7 +194,8 @@ def measured_seeds(file: str) -> dict[str, dict[str, str]]:
         own = sums.setdefault(row["label"], {}).setdefault(row["task"], [0, 0, 0])
         for at, name in enumerate(("found", "dense", "found_all")):
             own[at] += row[name]
-        density[row["label"]] = f"{100 * row.get('density', 1):.0f} %"  # of one seed: they differ in the fourth place
+        # The last seed's: others differ by a tenth of a percent.
+        density[row["label"]] = f"{100 * row.get('density', 1):.0f} %"
     return {
         label: {"density": density[label], **{task: "{}/{}, {}".format(*own) for task, own in tasks.items()}}
         for label, tasks in sums.items()
