@@ -13,7 +13,7 @@ import torch
 from kvcache.orders import Compact, Start
 from kvcache.plan import RetentionPlan
 from kvcache.vllm_adapter.orders import StepOrders, attach_orders
-from tests.attention_plugins.cuda_world import NULL, PAGE, Request, Step, UnevenCompressor, World
+from tests.attention_plugins.cuda_world import NULL, PAGE, SCALE, Request, Step, UnevenCompressor, World
 from tests.naive_flash import attention
 
 
@@ -107,7 +107,7 @@ class GrowingWorld(World):
             request.keys[layer, :, :last].float() * scales.key,
             request.values[layer, :, :last].float() * scales.value,
             seen,
-            0.6 * request.keys.shape[-1] ** -0.5,
+            SCALE,
             self.softcap,
         )
 
