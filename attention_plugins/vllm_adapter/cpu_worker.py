@@ -39,6 +39,19 @@ def bound_primitives() -> None:
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(PRIMITIVES)
 
 
+def permit_amx() -> None:
+    """Ask Linux for AMX, which vLLM's attention uses wherever the CPU has it and the model is in bfloat16.
+
+    To a process that hasn't asked, AMX is an illegal instruction. oneDNN asks, but only before a product that is large
+    enough for it: a small model's worker died at its first prompt.
+
+    Raises:
+        RuntimeError: the CPU has AMX, and Linux or the virtual machine doesn't give it.
+    """
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise RuntimeError("this CPU has AMX, but it isn't permitted here, and vLLM's attention in bfloat16 uses it")
+
+
 # A worker's module is imported before its model is built, so the model's layers find our backend.
 cpu_backend.register()
 bound_primitives()
@@ -57,6 +70,8 @@ class _Discarded(torch.Generator):
 @telling
 class CPUCompressionWorker(CompressionWorker, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if self.model_config.dtype == torch.bfloat16:
+            permit_amx()
         super().load_model(*args, **kwargs)
         keep_adapters_apart(self.model_runner)
 

@@ -24,8 +24,9 @@ def problems(result: dict[str, Any], *, memory: bool, canaries: bool) -> list[st
     return found
 
 
-TIE = 0.05
-"""Difference of log-probabilities up to which another batch may choose another token."""
+TIE = 0.2
+"""Difference of log-probabilities up to which another batch may choose another token: bfloat16 logits from 16 on lie 0.125
+apart, and the denominator moves too."""
 
 
 def summary(result: dict[str, Any], bad: list[str]) -> str:

@@ -1,14 +1,16 @@
-"""What a CPU worker keeps in memory beside weights and KV cache."""
+"""What a CPU worker keeps in memory beside weights and KV cache, and what it asks the CPU for."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from attention_plugins.vllm_adapter.cpu_worker import PRIMITIVES, bound_primitives
+from attention_plugins.vllm_adapter.cpu_worker import PRIMITIVES, bound_primitives, permit_amx
 
 ONE, OTHER = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"
 MANY_SHAPES = """
@@ -52,3 +54,17 @@ def test_who_names_a_number_of_products_gets_it(name: str, monkeypatch: pytest.M
     monkeypatch.setenv(name, "1024")
     bound_primitives()
     assert os.environ[name] == "1024" and len({ONE, OTHER} & os.environ.keys()) == 1
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("permitted", [False, True])
+def test_amx_is_asked_for_where_the_cpu_has_it(has: bool, permitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Mock(return_value=permitted)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_init_amx", asked)
+    if has and not permitted:
+        with pytest.raises(RuntimeError, match="has AMX, but it isn't permitted"):
+            permit_amx()
+    else:
+        permit_amx()
+    assert asked.call_count == has
